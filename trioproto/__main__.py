@@ -1,0 +1,7 @@
+"""``python -m trioproto``."""
+
+import sys
+
+from trioproto.cli import main
+
+sys.exit(main())

@@ -1,0 +1,159 @@
+"""What the client commands do between standard input, a server, and standard output.
+
+The prompts and answers are those of the article's C programs, word for word.
+"""
+
+import contextlib
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import trio
+
+from trioproto.echo import echo_request
+from trioproto.op import MAX_OPERANDS, op_request
+
+_STDIN = 0
+_STDOUT = 1
+# As much as a pipe holds by default (pipe(7)); a hop to a thread for less would cost more than it moves.
+_PIPE_SIZE = 65536
+
+
+async def echo_messages(stream: trio.abc.Stream, messages: Sequence[bytes]) -> None:
+    """Have each of ``messages`` echoed, and print what comes back, a line each."""
+    for message in messages:
+        await _write(await echo_request(stream, message) + b"\n")
+
+
+async def echo_dialogue(stream: trio.abc.Stream) -> None:
+    """Ask for messages and print their echoes, until one is ``q`` or ``Q`` or the input ends."""
+    lines = _Input()
+    while True:
+        await _write(b"Input message(Q to quit): ")
+        line = await lines.line()
+        if line in (b"", b"q\n", b"Q\n", b"q", b"Q"):
+            return
+        reply = await echo_request(stream, line)
+        await _write(b"Message from server: " + reply + (b"" if reply.endswith(b"\n") else b"\n"))
+
+
+async def echo_pipe(stream: trio.abc.HalfCloseableStream) -> None:
+    """Send standard input to an echo server and write what comes back to standard output, both at once.
+
+    Raises:
+        EOFError: if the server ended the connection before it had echoed everything.
+    """
+    sent = received = 0
+    with _progress_bar() as advance:
+        async with trio.open_nursery() as nursery:
+
+            async def send() -> None:
+                nonlocal sent
+                while chunk := await _read():
+                    await stream.send_all(chunk)
+                    sent += len(chunk)
+                await stream.send_eof()
+
+            nursery.start_soon(send)
+            async for chunk in stream:
+                received += len(chunk)
+                await _write(chunk)
+                advance(len(chunk))
+            # Input that is still to come has nowhere to go.
+            nursery.cancel_scope.cancel()
+    if received < sent:
+        raise EOFError(f"the server ended the connection after {received} of {sent} bytes")
+
+
+async def op_dialogue(stream: trio.abc.Stream) -> None:
+    """Ask for one request's operands and operator, and print the result.
+
+    Raises:
+        ValueError: if what is typed is no number, or no request; the message says what is wrong.
+        EOFError: if the input ends before the request is complete.
+    """
+    words = _Input()
+    await _write(b"Operand count: ")
+    count = await words.integer()
+    if not 1 <= count <= MAX_OPERANDS:
+        raise ValueError(f"operand count is {count}: not 1 to {MAX_OPERANDS}")
+    operands = []
+    for number in range(1, count + 1):
+        await _write(f"Operand {number}: ".encode())
+        operands.append(await words.integer())
+    await _write(b"Operator: ")
+    operator = (await words.word()).decode(errors="backslashreplace")
+    result = await op_request(stream, operands, operator)
+    await _write(f"Operation result: {result}\n".encode())
+
+
+class _Input:
+    """Standard input by lines, and by words as C's ``scanf`` takes them.
+
+    Read in a thread that a cancellation can leave behind, because a read from a terminal may last for ever, and
+    past `sys.stdin`, whose lock such a thread would hold until the end.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = b""
+        self._words: list[bytes] = []
+
+    async def line(self) -> bytes:
+        """Return the next line with its line end, if it has one; ``b""`` at the end."""
+        while b"\n" not in self._buffer:
+            if not (chunk := await _read()):
+                line, self._buffer = self._buffer, b""
+                return line
+            self._buffer += chunk
+        line, newline, self._buffer = self._buffer.partition(b"\n")
+        return line + newline
+
+    async def word(self) -> bytes:
+        """Return the next run of characters that are no white space."""
+        while not self._words:
+            line = await self.line()
+            if not line:
+                raise EOFError("the input ended before the request was complete")
+            self._words = line.split()
+        return self._words.pop(0)
+
+    async def integer(self) -> int:
+        word = (await self.word()).decode(errors="backslashreplace")
+        try:
+            return int(word)
+        except ValueError:
+            raise ValueError(f"{word!r} is not an integer") from None
+
+
+async def _read() -> bytes:
+    return await trio.to_thread.run_sync(os.read, _STDIN, _PIPE_SIZE, abandon_on_cancel=True)
+
+
+async def _write(data: bytes | bytearray) -> None:
+    def write_all() -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(_STDOUT, rest) :]
+
+    # Not abandoned on cancellation: what was begun to be written is written.
+    await trio.to_thread.run_sync(write_all)
+
+
+@contextlib.contextmanager
+def _progress_bar() -> Iterator[Callable[[int], object]]:
+    """Show a bar on standard error while the block runs, if that is a terminal and tqdm is installed.
+
+    Yields:
+        A function to call with the number of bytes by which to advance.
+    """
+    try:
+        from tqdm import tqdm  # noqa: PLC0415 - an extra
+    except ImportError:
+        yield lambda _: None
+        return
+    status = os.fstat(_STDIN)
+    total = status.st_size if stat.S_ISREG(status.st_mode) else None
+    disable = not sys.stderr.isatty()
+    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=disable) as bar:
+        yield bar.update

@@ -1,0 +1,65 @@
+"""The echo protocol (RFC 862): the server sends back each byte that it receives."""
+
+import trio
+
+from trioproto.connection import Connection
+from trioproto.streams import IncompleteReadError, receive_exactly
+
+
+async def echo_handler(stream: trio.abc.Stream) -> None:
+    """Serve one echo connection until the client ends it.
+
+    Runs under `trioproto.serve_tcp` and `trio.serve_tcp`, on any stream. Whatever the client does ends this
+    connection and nothing else: a client's faults are never raised. Memory use does not depend on how much a
+    client sends, nor on whether it reads.
+
+    Args:
+        stream: the client's. It is closed when this returns.
+
+    On cancellation, the connection is closed at once and the cancellation goes on.
+    """
+    async with Connection(stream) as connection:
+        chunk = b""
+        while chunk := await connection.exchange(chunk):
+            pass
+
+
+async def echo_request(stream: trio.abc.Stream, message: bytes) -> bytes:
+    """Send ``message`` to an echo server and return what comes back: as many bytes.
+
+    Sends and receives at once. If all of a message that is larger than the socket buffers on the way were sent
+    first, the server could not send back what it has, would stop receiving, and both sides would wait for ever.
+
+    Args:
+        stream: connected to an echo server. It stays open, for the next request.
+        message: any bytes, any number of them.
+
+    Raises:
+        IncompleteReadError: if the server ends the connection first.
+        trio.BrokenResourceError: if the connection breaks first.
+
+    On cancellation, the stream is left in the middle of a message and of no more use than to be closed.
+    """
+    failure: IncompleteReadError | trio.BrokenResourceError | None = None
+
+    async with trio.open_nursery() as nursery:
+
+        async def send() -> None:
+            nonlocal failure
+            try:
+                await stream.send_all(message)
+            except trio.BrokenResourceError as error:
+                failure = failure or error
+                nursery.cancel_scope.cancel()
+
+        nursery.start_soon(send)
+        try:
+            received = await receive_exactly(stream, len(message))
+        except (IncompleteReadError, trio.BrokenResourceError) as error:
+            failure = failure or error
+            nursery.cancel_scope.cancel()
+
+    # Raised here, so that the caller sees the error itself and not a group with one in it.
+    if failure is not None:
+        raise failure
+    return received

@@ -1,0 +1,239 @@
+"""The op protocol: integers and an operator one way, the result the other way.
+
+======== ============= ==========================================
+request  bytes         form
+======== ============= ==========================================
+count    1             unsigned, 1 to 255
+operands 4 for each    int32, two's complement, little-endian
+operator 1             ASCII ``+``, ``-`` or ``*``
+======== ============= ==========================================
+
+The reply is the result alone: 4 bytes, int32, little-endian. A client may send many requests before it reads a
+reply; replies come in order.
+
+The protocol itself is plain synchronous code: `Request`, `Reply` and `OpConnection` turn messages into bytes and
+back and do no I/O. The handler and `op_request` at the end are the thin layer that does.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from struct import Struct, pack
+from typing import ClassVar, Self
+
+import attrs
+import trio
+
+from trioproto.connection import Connection
+from trioproto.streams import receive_exactly
+
+_log = logging.getLogger(__name__)
+
+MAX_OPERANDS = 255
+INT32_MIN = -(2**31)
+INT32_MAX = 2**31 - 1
+
+
+def _subtract(operands: Sequence[int]) -> int:
+    return 2 * operands[0] - sum(operands)
+
+
+# Each folds all operands at once, in integers without bounds, and the result is wrapped once at the end: modulo
+# 2**32 that gives the same as wrapping after each step, as the C original does.
+_FOLDS: dict[int, Callable[[Sequence[int]], int]] = {ord("+"): sum, ord("-"): _subtract, ord("*"): math.prod}
+
+# For each count, how that many operands lie on the wire.
+_OPERANDS = [Struct(f"<{count}i") for count in range(MAX_OPERANDS + 1)]
+
+
+class MalformedRequestError(ValueError):
+    """Bytes that are no op request, whatever may follow them."""
+
+
+def _as_tuple(operands: Iterable[int]) -> tuple[int, ...]:
+    return tuple(operands)
+
+
+def _check_operands(_request: object, _attribute: object, operands: tuple[object, ...]) -> None:
+    if not 1 <= len(operands) <= MAX_OPERANDS:
+        raise ValueError(f"{len(operands)} operands: a request has 1 to {MAX_OPERANDS}")
+    for number, operand in enumerate(operands, 1):
+        if not isinstance(operand, int):
+            raise ValueError(f"operand {number} is {operand!r}: not an integer")  # noqa: TRY004 - one error for all
+        if not INT32_MIN <= operand <= INT32_MAX:
+            raise ValueError(f"operand {number} is {operand}: not in int32, {INT32_MIN} to {INT32_MAX}")
+
+
+def _check_operator(_request: object, _attribute: object, operator: str) -> None:
+    if operator not in ("+", "-", "*"):
+        raise ValueError(f"operator is {operator!r}: not one of + - *")
+
+
+@attrs.frozen
+class Request:
+    """One request.
+
+    Attributes:
+        operands: 1 to 255 integers, each in int32.
+        operator: ``"+"``, ``"-"`` or ``"*"``.
+
+    Raises:
+        ValueError: on creation, if one of them is anything else; the message says which and why.
+    """
+
+    operands: tuple[int, ...] = attrs.field(converter=_as_tuple, validator=_check_operands)
+    operator: str = attrs.field(validator=_check_operator)
+
+    def encode(self) -> bytes:
+        """Return the request as it goes over the wire."""
+        count = len(self.operands)
+        return bytes([count]) + _OPERANDS[count].pack(*self.operands) + self.operator.encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """Return the one request that ``data`` is.
+
+        Raises:
+            MalformedRequestError: if ``data`` is no request, or less than one, or more.
+        """
+        for operands, operator, end in _complete_requests(data):
+            if end == len(data):
+                return cls(operands, chr(operator))
+            break
+        raise MalformedRequestError(f"{len(data)} bytes are not one whole request")
+
+
+@attrs.frozen
+class Reply:
+    """One reply.
+
+    Attributes:
+        result: in int32.
+    """
+
+    SIZE: ClassVar[int] = 4
+
+    result: int
+
+    def encode(self) -> bytes:
+        """Return the reply as it goes over the wire."""
+        return self.result.to_bytes(self.SIZE, "little", signed=True)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """Return the reply that ``data``, `SIZE` bytes, holds."""
+        return cls(int.from_bytes(data, "little", signed=True))
+
+
+def _complete_requests(data: bytes) -> Iterator[tuple[tuple[int, ...], int, int]]:
+    """Yield each complete request at the start of ``data``: its operands, its operator's byte, where it ends.
+
+    Stops before a request that is not complete. No `Request` is made: a server answers hundreds of thousands of
+    these a second, and has nothing to check that the wire format does not already ensure.
+
+    Raises:
+        MalformedRequestError: when it comes to one that is malformed.
+    """
+    start = 0
+    while start < len(data):
+        count = data[start]
+        if count == 0:
+            raise MalformedRequestError("operand count is 0")
+        end = start + 1 + 4 * count + 1
+        if end > len(data):
+            return
+        operator = data[end - 1]
+        if operator not in _FOLDS:
+            raise MalformedRequestError(f"operator is {bytes([operator])!r}: not one of + - *")
+        yield _OPERANDS[count].unpack_from(data, start + 1), operator, end
+        start = end
+
+
+def calculate(operands: Iterable[int], operator: str) -> int:
+    """Fold ``operands`` from the left with ``operator``, and wrap the result into int32.
+
+    Args:
+        operands: 1 to 255 integers, each in int32.
+        operator: ``"+"``, ``"-"`` or ``"*"``.
+
+    Raises:
+        ValueError: for anything else; the message says what is wrong.
+    """
+    request = Request(operands, operator)
+    result = _FOLDS[ord(operator)](request.operands)
+    # Two's complement: what does not fit drops its high bits, and the highest that is left is the sign.
+    return ((result - INT32_MIN) & 0xFFFFFFFF) + INT32_MIN
+
+
+class OpConnection:
+    """The server's side of one op connection, without any I/O: bytes of requests in, bytes of replies out.
+
+    Attributes:
+        unfinished: the bytes of a request that is not complete yet.
+        malformed: why there can be no further request, or None as long as there can.
+    """
+
+    def __init__(self) -> None:
+        self.unfinished = b""
+        self.malformed: str | None = None
+
+    def receive_data(self, data: bytes) -> bytes:
+        """Take in what the client sent, and return the replies to all the requests that it completes.
+
+        A malformed request sets `malformed`; what is returned are the replies to those before it. Nothing that
+        comes after it can be understood, so this must not be called again then.
+        """
+        data = self.unfinished + data
+        results = []
+        end = 0
+        try:
+            for operands, operator, end in _complete_requests(data):  # noqa: B007 - the last end is used below
+                results.append(_FOLDS[operator](operands) & 0xFFFFFFFF)
+        except MalformedRequestError as error:
+            self.malformed = str(error)
+        self.unfinished = data[end:]
+        return pack(f"<{len(results)}I", *results)
+
+
+async def op_handler(stream: trio.abc.Stream) -> None:
+    """Serve one op connection until the client ends it, or sends what is no request.
+
+    Runs under `trioproto.serve_tcp` and `trio.serve_tcp`, on any stream. Whatever the client does ends this
+    connection and nothing else: a client's faults are never raised, but logged in one line each. A malformed
+    request has no reply; the client gets every reply to the requests before it, then end of stream.
+
+    Args:
+        stream: the client's. It is closed when this returns.
+
+    On cancellation, the connection is closed at once and the cancellation goes on.
+    """
+    op = OpConnection()
+    async with Connection(stream) as connection:
+        replies = b""
+        while data := await connection.exchange(replies):
+            replies = op.receive_data(data)
+            if op.malformed:
+                _log.warning("%s sent a malformed request: %s", connection.peer, op.malformed)
+                await connection.send(replies)
+                return
+        if op.unfinished:
+            _log.warning("%s ended in the middle of a request", connection.peer)
+
+
+async def op_request(stream: trio.abc.Stream, operands: Iterable[int], operator: str) -> int:
+    """Ask an op server for the result of ``operands`` folded with ``operator``.
+
+    Args:
+        stream: connected to an op server. It stays open, for the next request.
+        operands: 1 to 255 integers, each in int32.
+        operator: ``"+"``, ``"-"`` or ``"*"``.
+
+    Raises:
+        ValueError: for other operands or another operator, before anything is sent; the message says what is wrong.
+        IncompleteReadError: if the server ends the connection before it has replied.
+        trio.BrokenResourceError: if the connection breaks first.
+
+    On cancellation, the stream is left in the middle of a message and of no more use than to be closed.
+    """
+    await stream.send_all(Request(operands, operator).encode())
+    return Reply.decode(await receive_exactly(stream, Reply.SIZE)).result

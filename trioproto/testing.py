@@ -1,0 +1,158 @@
+"""Memory-stream fakes for tests of protocols: deliveries cut at will, stalling and breaking streams.
+
+To test a handler of your own against every fragmentation of what a client sends::
+
+    @pytest.mark.parametrize("cuts", fragmentations(len(REQUEST)))
+    async def test_fragmented(cuts):
+        assert await converse(handler, REQUEST, cuts) == REPLY
+"""
+
+import contextlib
+import itertools
+import math
+import random
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+
+import attrs
+import trio
+import trio.testing
+
+Cuts = int | Iterable[int]
+"""How deliveries are cut: one size for each of them, or the sizes in turn and after the last one no more cuts."""
+
+
+def random_cuts(seed: int, largest: int = 16) -> Iterator[int]:
+    """Yield sizes from 1 to ``largest`` without end, the same ones for the same ``seed``."""
+    chance = random.Random(seed)  # noqa: S311 - repeatable on purpose
+    while True:
+        yield chance.randint(1, largest)
+
+
+def fragmentations(length: int) -> Iterator[tuple[int, ...]]:
+    """Yield every way of cutting ``length`` bytes into deliveries: ``2 ** (length - 1)`` of them.
+
+    Args:
+        length: 1 or more; up to about 12 that is a quick test.
+    """
+    for cut_here in itertools.product([False, True], repeat=length - 1):
+        places = [0, *(place for place, cut in enumerate(cut_here, 1) if cut), length]
+        yield tuple(end - start for start, end in itertools.pairwise(places))
+
+
+def fragmented_stream_pair(
+    to_first: Cuts = (), to_second: Cuts = ()
+) -> tuple[trio.abc.HalfCloseableStream, trio.abc.HalfCloseableStream]:
+    """Create two connected streams in memory whose deliveries are cut.
+
+    Args:
+        to_first: how what the first stream receives is cut.
+        to_second: how what the second stream receives is cut.
+
+    Returns:
+        The two streams. One ``receive_some`` never gives more than is left of the current delivery, as if the
+        rest were still on its way.
+    """
+    first, second = trio.testing.memory_stream_pair()
+    return _with_receiving(first, _Cutting(first, _sizes(to_first))), _with_receiving(
+        second, _Cutting(second, _sizes(to_second))
+    )
+
+
+def stalling_stream(stream: trio.abc.HalfCloseableStream, after: int) -> trio.abc.HalfCloseableStream:
+    """Wrap ``stream`` such that it delivers ``after`` bytes and then nothing more, not even its end.
+
+    Receiving then waits until it is cancelled, as from a peer that has gone silent. Sending is untouched.
+    """
+    return _with_receiving(stream, _Failing(stream, after, trio.sleep_forever))
+
+
+def breaking_stream(stream: trio.abc.HalfCloseableStream, after: int) -> trio.abc.HalfCloseableStream:
+    """Wrap ``stream`` such that it delivers ``after`` bytes and then breaks.
+
+    Receiving then raises `trio.BrokenResourceError`, as after a reset. Sending is untouched.
+    """
+
+    async def break_off() -> None:
+        await trio.lowlevel.checkpoint()
+        raise trio.BrokenResourceError(f"broken on purpose after {after} bytes")
+
+    return _with_receiving(stream, _Failing(stream, after, break_off))
+
+
+async def converse(
+    handler: Callable[[trio.abc.HalfCloseableStream], Awaitable[object]], sent: bytes, cuts: Cuts = ()
+) -> bytes:
+    """Run ``handler`` as a server for one client, and return everything that the client receives.
+
+    The client sends ``sent``, then end of stream, and receives until the handler ends the connection.
+
+    Args:
+        handler: serves a stream, as for `trioproto.serve_tcp`. It need not close the stream.
+        sent: what the client sends.
+        cuts: how that is cut into deliveries to the handler.
+
+    Raises:
+        Whatever ``handler`` raises, in an exception group.
+    """
+    client, served = fragmented_stream_pair(to_second=cuts)
+    received = bytearray()
+
+    async def serve() -> None:
+        async with served:
+            await handler(served)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve)
+        with contextlib.suppress(trio.BrokenResourceError):  # a handler may end before it has received all
+            await client.send_all(sent)
+            await client.send_eof()
+        async for chunk in client:
+            received += chunk
+    return bytes(received)
+
+
+def _sizes(cuts: Cuts) -> Iterator[float]:
+    if isinstance(cuts, int):
+        return itertools.repeat(cuts)
+    return itertools.chain(cuts, itertools.repeat(math.inf))
+
+
+@attrs.define(eq=False)
+class _Cutting(trio.abc.ReceiveStream):
+    _stream: trio.abc.ReceiveStream
+    _sizes: Iterator[float]
+    _left: float = 0  # of the current delivery
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        self._left = self._left or next(self._sizes)
+        most = min(math.inf if max_bytes is None else max_bytes, self._left)
+        data = await self._stream.receive_some(None if most == math.inf else int(most))
+        self._left -= len(data)
+        return bytes(data)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+@attrs.define(eq=False)
+class _Failing(trio.abc.ReceiveStream):
+    _stream: trio.abc.ReceiveStream
+    _left: int  # bytes before the failure
+    _fail: Callable[[], Awaitable[object]]
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if self._left == 0:
+            await self._fail()
+        most = self._left if max_bytes is None else min(max_bytes, self._left)
+        data = await self._stream.receive_some(most)
+        self._left -= len(data)
+        return bytes(data)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+def _with_receiving(
+    stream: trio.abc.HalfCloseableStream, receiving: trio.abc.ReceiveStream
+) -> trio.abc.HalfCloseableStream:
+    return trio.StapledStream(stream, receiving)
