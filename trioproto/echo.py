@@ -3,10 +3,10 @@
 import trio
 
 from trioproto.connection import Connection
-from trioproto.streams import IncompleteReadError, receive_exactly
+from trioproto.streams import RECEIVE_SIZE, IncompleteReadError, receive_exactly
 
 
-async def echo_handler(stream: trio.abc.Stream) -> None:
+async def echo_handler(stream: trio.abc.Stream, *, idle_timeout: float = 300.0) -> None:
     """Serve one echo connection until the client ends it.
 
     Runs under `trioproto.serve_tcp` and `trio.serve_tcp`, on any stream. Whatever the client does ends this
@@ -15,13 +15,19 @@ async def echo_handler(stream: trio.abc.Stream) -> None:
 
     Args:
         stream: the client's. It is closed when this returns.
+        idle_timeout: seconds, above 0, without a byte from the client, or without it taking one, after which the
+            server ends the connection.
 
     On cancellation, the connection is closed at once and the cancellation goes on.
     """
-    async with Connection(stream) as connection:
+    async with Connection(stream, idle_timeout=idle_timeout) as connection:
         chunk = b""
         while chunk := await connection.exchange(chunk):
-            pass
+            if len(chunk) == RECEIVE_SIZE:
+                # More than one receive takes. There is nothing to look at in it, so let the kernel move the rest.
+                await connection.send(chunk)
+                await connection.relay()
+                chunk = b""
 
 
 async def echo_request(stream: trio.abc.Stream, message: bytes) -> bytes:

@@ -195,7 +195,7 @@ class OpConnection:
         return pack(f"<{len(results)}I", *results)
 
 
-async def op_handler(stream: trio.abc.Stream) -> None:
+async def op_handler(stream: trio.abc.Stream, *, idle_timeout: float = 300.0, request_timeout: float = 30.0) -> None:
     """Serve one op connection until the client ends it, or sends what is no request.
 
     Runs under `trioproto.serve_tcp` and `trio.serve_tcp`, on any stream. Whatever the client does ends this
@@ -204,13 +204,16 @@ async def op_handler(stream: trio.abc.Stream) -> None:
 
     Args:
         stream: the client's. It is closed when this returns.
+        idle_timeout: seconds, above 0, between two requests, or without the client taking a byte of a reply, after
+            which the server ends the connection.
+        request_timeout: seconds, above 0, from a request's first byte to its last, after which it does.
 
     On cancellation, the connection is closed at once and the cancellation goes on.
     """
     op = OpConnection()
-    async with Connection(stream) as connection:
+    async with Connection(stream, idle_timeout=idle_timeout, request_timeout=request_timeout) as connection:
         replies = b""
-        while data := await connection.exchange(replies):
+        while data := await connection.exchange(replies, mid_request=bool(op.unfinished)):
             replies = op.receive_data(data)
             if op.malformed:
                 _log.warning("%s sent a malformed request: %s", connection.peer, op.malformed)

@@ -1,0 +1,55 @@
+"""How a graceful stop reaches those who serve: through Trio's context, so that neither side knows the other.
+
+A server announces a drain to all the tasks below it (a `contextvars.ContextVar`, which Trio hands from parent task to
+child). Whoever waits for a next request, however deep below, asks for the `current_drain` and ends its wait when
+that begins. Under a server that announces none, it never does.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+
+
+class Drain:
+    """The stop of one server: requests that are under way are finished, no further ones are waited for.
+
+    Attributes:
+        began: whether the stop has begun.
+    """
+
+    def __init__(self) -> None:
+        self.began = False
+        self._listening: set[Callable[[], object]] = set()
+
+    def begin(self) -> None:
+        """Begin to stop, and tell everybody who listens."""
+        self.began = True
+        for tell in tuple(self._listening):
+            tell()
+
+    def listen(self, tell: Callable[[], object]) -> None:
+        """Have ``tell()`` called when the stop begins, unless it began before."""
+        self._listening.add(tell)
+
+    def unlisten(self, tell: Callable[[], object]) -> None:
+        """Take back `listen`."""
+        self._listening.discard(tell)
+
+
+_current: ContextVar[Drain] = ContextVar("trioproto_drain", default=Drain())  # noqa: B039 - nobody begins that one
+
+
+def current_drain() -> Drain:
+    """Return the drain of the server that the current task runs under."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def announced_drain() -> Iterator[Drain]:
+    """Announce a drain to all tasks that are started inside the block."""
+    drain = Drain()
+    token = _current.set(drain)
+    try:
+        yield drain
+    finally:
+        _current.reset(token)
