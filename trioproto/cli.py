@@ -13,9 +13,9 @@ from collections.abc import AsyncIterator, Sequence
 import trio
 
 from trioproto.addresses import format_address
-from trioproto.clients import echo_dialogue, echo_messages, echo_pipe, op_dialogue
+from trioproto.clients import echo_dialogue, echo_messages, echo_pipe, op_answer, op_dialogue
 from trioproto.echo import echo_handler
-from trioproto.op import Request, op_handler, op_request
+from trioproto.op import Request, op_handler
 from trioproto.server import ServerStats, serve_listeners
 
 _log = logging.getLogger("trioproto")
@@ -77,9 +77,15 @@ async def _serve(args: argparse.Namespace) -> None:
                 )
 
             await nursery.start(serve)
-            for listener in listeners:
-                where = format_address(listener.socket.getsockname())
-                print(f"trioproto {args.protocol} listening on {where}", flush=True)
+            addresses = [format_address(listener.socket.getsockname()) for listener in listeners]
+            try:
+                print(
+                    *(f"trioproto {args.protocol} listening on {address}" for address in addresses),
+                    sep="\n",
+                    flush=True,
+                )
+            except OSError as error:
+                raise CommandError(f"cannot write to standard output: {error.strerror}") from None
             await anext(signals)
             nursery.cancel_scope.cancel()
 
@@ -113,7 +119,7 @@ async def _op_client(args: argparse.Namespace) -> None:
             except ValueError as error:
                 raise CommandError(str(error)) from None
         else:
-            print(await op_request(stream, args.request.operands, args.request.operator))
+            await op_answer(stream, args.request)
 
 
 @contextlib.asynccontextmanager
@@ -135,10 +141,12 @@ async def _connected(args: argparse.Namespace) -> AsyncIterator[trio.SocketStrea
             raise CommandError(f"the connection to {where} broke; look at the server's log") from None
         except* BrokenPipeError:
             raise CommandError("nobody reads standard output any more") from None
+        except* OSError as group:  # The stream raises none (trio.abc.Stream).
+            raise CommandError(f"standard input or output failed: {_reason(group)}") from None
 
 
-def _reason(error: OSError) -> str:
-    """Why connecting failed: Trio tries each address, and groups the errors below the one that it raises."""
+def _reason(error: BaseException) -> str:
+    """Why it failed: of what Trio grouped, or groups below the error that it raises, the first."""
     cause: BaseException = error.__cause__ or error
     while isinstance(cause, BaseExceptionGroup):
         cause = cause.exceptions[0]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import trio
 
 from trioproto.echo import echo_request
-from trioproto.op import MAX_OPERANDS, op_request
+from trioproto.op import MAX_OPERANDS, Request, op_request
 
 _STDIN = 0
 _STDOUT = 1
@@ -64,6 +64,12 @@ async def echo_pipe(stream: trio.abc.HalfCloseableStream) -> None:
             nursery.cancel_scope.cancel()
     if received < sent:
         raise EOFError(f"the server ended the connection after {received} of {sent} bytes")
+
+
+async def op_answer(stream: trio.abc.Stream, request: Request) -> None:
+    """Have ``request`` answered, and print the bare result."""
+    result = await op_request(stream, request.operands, request.operator)
+    await _write(f"{result}\n".encode())
 
 
 async def op_dialogue(stream: trio.abc.Stream) -> None:
