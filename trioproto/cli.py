@@ -136,7 +136,7 @@ async def _connected(args: argparse.Namespace) -> AsyncIterator[trio.SocketStrea
         try:
             yield stream
         except* EOFError as group:
-            raise CommandError(str(group.exceptions[0])) from None
+            raise CommandError(f"{where} ended the connection: {_reason(group)}; look at the server's log") from None
         except* trio.BrokenResourceError:
             raise CommandError(f"the connection to {where} broke; look at the server's log") from None
         except* BrokenPipeError:

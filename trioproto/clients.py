@@ -42,17 +42,19 @@ async def echo_pipe(stream: trio.abc.HalfCloseableStream) -> None:
     """Send standard input to an echo server and write what comes back to standard output, both at once.
 
     Raises:
-        EOFError: if the server ended the connection before it had echoed everything.
+        EOFError: if the server ended the connection before the input had ended and all of it been echoed.
     """
     sent = received = 0
+    input_ended = False
     with _progress_bar() as advance:
         async with trio.open_nursery() as nursery:
 
             async def send() -> None:
-                nonlocal sent
+                nonlocal sent, input_ended
                 while chunk := await _read():
                     await stream.send_all(chunk)
                     sent += len(chunk)
+                input_ended = True
                 await stream.send_eof()
 
             nursery.start_soon(send)
@@ -62,8 +64,8 @@ async def echo_pipe(stream: trio.abc.HalfCloseableStream) -> None:
                 advance(len(chunk))
             # Input that is still to come has nowhere to go.
             nursery.cancel_scope.cancel()
-    if received < sent:
-        raise EOFError(f"the server ended the connection after {received} of {sent} bytes")
+    if received < sent or not input_ended:
+        raise EOFError(f"end of stream after {received} of {sent} bytes" + ("" if input_ended else " and more"))
 
 
 async def op_answer(stream: trio.abc.Stream, request: Request) -> None:
@@ -76,8 +78,8 @@ async def op_dialogue(stream: trio.abc.Stream) -> None:
     """Ask for one request's operands and operator, and print the result.
 
     Raises:
-        ValueError: if what is typed is no number, or no request; the message says what is wrong.
-        EOFError: if the input ends before the request is complete.
+        ValueError: if what is typed is no number, or no request, or ends before it is one; the message says what is
+            wrong.
     """
     words = _Input()
     await _write(b"Operand count: ")
@@ -120,7 +122,7 @@ class _Input:
         while not self._words:
             line = await self.line()
             if not line:
-                raise EOFError("the input ended before the request was complete")
+                raise ValueError("the input ended before the request was complete")
             self._words = line.split()
         return self._words.pop(0)
 
