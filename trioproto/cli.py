@@ -59,10 +59,10 @@ async def _serve(args: argparse.Namespace) -> None:
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         listeners = await trio.open_tcp_listeners(args.port, host=args.host)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter for a host that cannot be a name
         where = format_address((args.host, args.port))
         raise CommandError(
-            f"cannot listen on {where}: {error.strerror}; choose another --host or --port, or stop what listens there"
+            f"cannot listen on {where}: {_reason(error)}; choose another --host or --port, or stop what listens there"
         ) from None
     async with trio.open_nursery() as nursery:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
@@ -127,10 +127,10 @@ async def _connected(args: argparse.Namespace) -> AsyncIterator[trio.SocketStrea
     where = format_address((args.host, args.port))
     try:
         stream = await trio.open_tcp_stream(args.host, args.port)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise CommandError(
-            f"cannot connect to {where}: {_reason(error)}; "
-            f"if no server runs there, start one: python -m trioproto {args.protocol} --port {args.port}"
+            f"cannot connect to {where}: {_reason(error)}; if no server runs there, start one: "
+            f"python -m trioproto {args.protocol} --host {args.host} --port {args.port}"
         ) from None
     async with stream:
         try:
