@@ -159,17 +159,17 @@ _MAX_PORT = 0xFFFF
 
 
 def _port(text: str) -> int:
-    port = int(text)
-    if not 0 <= port <= _MAX_PORT:
-        raise argparse.ArgumentTypeError(f"{port} is not a port, 0 to {_MAX_PORT}")
-    return port
+    with contextlib.suppress(ValueError):
+        if 0 <= (port := int(text)) <= _MAX_PORT:
+            return port
+    raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to {_MAX_PORT}")
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a time in seconds, above 0")
-    return seconds
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(text)) < math.inf:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r} is not a time in seconds, above 0")
 
 
 def _integer(text: str) -> int:
@@ -180,7 +180,7 @@ def _integer(text: str) -> int:
 
 
 class _RequestAction(argparse.Action):
-    """Turns ``OPERAND … OPERATOR`` into a `Request`; nothing into None."""
+    """Turns ``OPERAND ... OPERATOR`` into a `Request`; nothing into None."""
 
     def __call__(
         self,
@@ -204,7 +204,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trioproto",
         description="An echo server, a calculating server with a binary protocol, and a client for each.",
-        epilog="'trioproto COMMAND --help' shows a command's options and an example.",
+        epilog="example:\n"
+        "  trioproto echo\n"
+        "  trioproto echo-client hello    # in another terminal\n\n"
+        "'trioproto COMMAND --help' shows a command's options, and examples.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     version = importlib.metadata.version("trioproto")
     parser.add_argument("--version", action="version", version=f"trioproto {version}")
@@ -254,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
         "request",
         nargs="*",
         action=_RequestAction,
-        metavar="OPERAND … OPERATOR",
+        metavar="OPERAND ... OPERATOR",
         help="1 to 255 operands in int32, then + - * or add sub mul; none: ask for them",
     )
     return parser
