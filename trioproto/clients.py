@@ -134,6 +134,8 @@ class _Input:
             raise ValueError(f"{word!r} is not an integer") from None
 
 
+# A terminal or pipe may keep a read or a write waiting for ever. A cancellation, above all by Ctrl-C, leaves the
+# thread behind then.
 async def _read() -> bytes:
     return await trio.to_thread.run_sync(os.read, _STDIN, _PIPE_SIZE, abandon_on_cancel=True)
 
@@ -144,8 +146,7 @@ async def _write(data: bytes | bytearray) -> None:
         while rest:
             rest = rest[os.write(_STDOUT, rest) :]
 
-    # Not abandoned on cancellation: what was begun to be written is written.
-    await trio.to_thread.run_sync(write_all)
+    await trio.to_thread.run_sync(write_all, abandon_on_cancel=True)
 
 
 @contextlib.contextmanager
