@@ -163,6 +163,6 @@ def _progress_bar() -> Iterator[Callable[[int], object]]:
         return
     status = os.fstat(_STDIN)
     total = status.st_size if stat.S_ISREG(status.st_mode) else None
-    disable = not sys.stderr.isatty()
+    disable = sys.stderr is None or not sys.stderr.isatty()  # None: it was closed before Python began
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=disable) as bar:
         yield bar.update
