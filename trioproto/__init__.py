@@ -5,6 +5,8 @@ from trioproto.op import calculate, op_handler, op_request
 from trioproto.server import ServerStats, serve_listeners, serve_tcp
 from trioproto.streams import IncompleteReadError, receive_exactly
 
+__version__ = "0.1.0"
+
 __all__ = [
     "IncompleteReadError",
     "ServerStats",

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import importlib.metadata
 import logging
 import math
 import os
@@ -12,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import trio
 
+from trioproto import __version__
 from trioproto.addresses import format_address
 from trioproto.clients import echo_dialogue, echo_messages, echo_pipe, op_answer, op_dialogue
 from trioproto.echo import echo_handler
@@ -210,8 +210,7 @@ def _parser() -> argparse.ArgumentParser:
         "'trioproto COMMAND --help' shows a command's options, and examples.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    version = importlib.metadata.version("trioproto")
-    parser.add_argument("--version", action="version", version=f"trioproto {version}")
+    parser.add_argument("--version", action="version", version=f"trioproto {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for protocol, help_ in (
         ("echo", "serve echo: send back every byte"),
