@@ -2,10 +2,12 @@
 
 import argparse
 import contextlib
+import functools
 import logging
 import math
 import os
 import signal
+import ssl
 import sys
 from collections.abc import AsyncIterator, Sequence
 
@@ -15,8 +17,12 @@ from trioproto import __version__
 from trioproto.addresses import format_address
 from trioproto.clients import echo_dialogue, echo_messages, echo_pipe, op_answer, op_dialogue
 from trioproto.echo import echo_handler
+from trioproto.listeners import activated_fds, inherited_listener, tcp_listeners, unix_listener
 from trioproto.op import Request, op_handler
 from trioproto.server import ServerStats, serve_listeners
+from trioproto.service import serve_until_signal
+from trioproto.tls import client_context, server_context
+from trioproto.workers import supervise_workers
 
 _log = logging.getLogger("trioproto")
 
@@ -38,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 failed, 130 interrupted. Wrong arguments end the process with 2.
     """
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    _check_tls_options(parser, vars(args))
     status = 0
     try:
         trio.run(args.run, args)
@@ -57,46 +65,105 @@ def main(arguments: Sequence[str] | None = None) -> int:
 async def _serve(args: argparse.Namespace) -> None:
     level = logging.DEBUG if args.verbose else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    try:
-        listeners = await trio.open_tcp_listeners(args.port, host=args.host)
-    except (OSError, UnicodeError) as error:  # the latter for a host that cannot be a name
-        where = format_address((args.host, args.port))
-        raise CommandError(
-            f"cannot listen on {where}: {_reason(error)}; choose another --host or --port, or stop what listens there"
-        ) from None
-    async with trio.open_nursery() as nursery:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    context = _server_context(args)
+    handler = functools.partial(
+        _HANDLERS[args.protocol], idle_timeout=args.idle_timeout, request_timeout=args.request_timeout
+    )
+    async with contextlib.AsyncExitStack() as accepting:
+        listeners = await _listeners(args, accepting)
 
-            async def serve(task_status: trio.TaskStatus[list[trio.SocketListener]]) -> None:
-                await serve_listeners(
-                    _HANDLERS[args.protocol],
-                    listeners,
-                    tick=args.tick,
-                    on_tick=_log_stats if args.tick else None,
-                    task_status=task_status,
-                )
+        endpoints: list[trio.abc.Listener[trio.abc.Stream]] = list(listeners)
+        if context is not None:
+            endpoints = [trio.SSLListener(listener, context) for listener in listeners]
 
-            await nursery.start(serve)
-            addresses = [format_address(listener.socket.getsockname()) for listener in listeners]
+        async def serve(shutdown: trio.Event) -> None:
+            stats = await serve_listeners(
+                handler,
+                endpoints,
+                tick=args.tick,
+                on_tick=_log_stats if args.tick else None,
+                max_connections=args.max_connections,
+                shutdown=shutdown,
+                grace_period=args.grace,
+            )
+            await _log_stats(stats)
+
+        async def supervise(shutdown: trio.Event) -> None:
+            fds = [listener.socket.fileno() for listener in listeners]
             try:
-                print(
-                    *(f"trioproto {args.protocol} listening on {address}" for address in addresses),
-                    sep="\n",
-                    flush=True,
-                )
-            except OSError as error:
-                raise CommandError(f"cannot write to standard output: {error.strerror}") from None
-            await anext(signals)
-            nursery.cancel_scope.cancel()
+                await supervise_workers(_worker_command(args, fds), args.workers, listening_fds=fds, shutdown=shutdown)
+            finally:
+                for listener in listeners:
+                    await trio.aclose_forcefully(listener)
+
+        # The kernel queues connections from now on.
+        _print_addresses(args.protocol, listeners)
+        await serve_until_signal(serve if args.workers == 1 else supervise, accepting)
+
+
+def _server_context(args: argparse.Namespace) -> ssl.SSLContext | None:
+    if args.tls_cert is None:
+        return None
+    try:
+        return server_context(args.tls_cert, args.tls_key, args.tls_client_ca)
+    except OSError as error:
+        raise CommandError(_TLS_ADVICE.format(_reason(error))) from None
+
+
+async def _listeners(args: argparse.Namespace, accepting: contextlib.AsyncExitStack) -> list[trio.SocketListener]:
+    """Open all listeners that ``args`` ask for; `accepting` is left when no new connections may come in any more."""
+    listeners = []
+    where = ""
+    try:
+        for fd in [*activated_fds(), *args.fd]:
+            where = f"descriptor {fd}"
+            listeners.append(inherited_listener(fd))
+        if args.unix is not None:
+            where = format_address(args.unix)
+            listeners.append(accepting.enter_context(unix_listener(args.unix)))
+        for host in args.host or ([] if listeners else [_HOST]):
+            where = format_address((host, args.port))
+            listeners += await accepting.enter_async_context(tcp_listeners(host, args.port))
+    except (OSError, ValueError) as error:  # the latter for a host that cannot be a name, and no listening socket
+        raise CommandError(
+            f"cannot listen on {where}: {_reason(error)}; choose another place, or stop what listens there"
+        ) from None
+    return listeners
+
+
+def _print_addresses(protocol: str, listeners: Sequence[trio.SocketListener]) -> None:
+    addresses = [format_address(listener.socket.getsockname()) for listener in listeners]
+    try:
+        print(*(f"trioproto {protocol} listening on {address}" for address in addresses), sep="\n", flush=True)
+    except OSError as error:
+        raise CommandError(f"cannot write to standard output: {error.strerror}") from None
+
+
+def _worker_command(args: argparse.Namespace, fds: Sequence[int]) -> list[str]:
+    """Return the command line of one worker: the same program, on the sockets that it inherits."""
+    command = [sys.executable, "-m", "trioproto", args.protocol]
+    command += [f"--fd={fd}" for fd in fds]
+    for option in (
+        "max_connections",
+        "idle_timeout",
+        "request_timeout",
+        "grace",
+        "tick",
+        "tls_cert",
+        "tls_key",
+        "tls_client_ca",
+    ):
+        value = getattr(args, option)
+        if value is not None:
+            command.append(f"--{option.replace('_', '-')}={value}")
+    if args.verbose:
+        command.append("--verbose")
+    return command
 
 
 async def _log_stats(stats: ServerStats) -> None:
     _log.info(
-        "accepted %d, active %d, crashed %d, up %.1f s",
-        stats.accepted,
-        stats.active,
-        stats.crashed,
-        stats.uptime,
+        "accepted %d, active %d, crashed %d, up %.1f s", stats.accepted, stats.active, stats.crashed, stats.uptime
     )
     await trio.lowlevel.checkpoint()
 
@@ -123,22 +190,29 @@ async def _op_client(args: argparse.Namespace) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _connected(args: argparse.Namespace) -> AsyncIterator[trio.SocketStream]:
+async def _connected(args: argparse.Namespace) -> AsyncIterator[trio.abc.Stream]:
     where = format_address((args.host, args.port))
     try:
-        stream = await trio.open_tcp_stream(args.host, args.port)
+        tcp = await trio.open_tcp_stream(args.host, args.port)
     except (OSError, UnicodeError) as error:
         raise CommandError(
             f"cannot connect to {where}: {_reason(error)}; if no server runs there, start one: "
             f"python -m trioproto {args.protocol} --host {args.host} --port {args.port}"
         ) from None
+    stream: trio.abc.Stream = tcp
+    if args.tls:
+        try:
+            context = client_context(args.tls_ca, args.tls_cert, args.tls_key)
+        except OSError as error:
+            raise CommandError(_TLS_ADVICE.format(_reason(error))) from None
+        stream = trio.SSLStream(tcp, context, server_hostname=args.host)
     async with stream:
         try:
             yield stream
         except* EOFError as group:
             raise CommandError(f"{where} ended the connection: {_reason(group)}; look at the server's log") from None
-        except* trio.BrokenResourceError:
-            raise CommandError(f"the connection to {where} broke; look at the server's log") from None
+        except* trio.BrokenResourceError as group:
+            raise CommandError(f"the connection to {where} broke: {_reason(group)}; look at the server's log") from None
         except* BrokenPipeError:
             raise CommandError("nobody reads standard output any more") from None
         except* OSError as group:  # The stream raises none (trio.abc.Stream).
@@ -156,6 +230,10 @@ def _reason(error: BaseException) -> str:
 
 
 _MAX_PORT = 0xFFFF
+_HOST = "127.0.0.1"
+_TLS_ADVICE = (
+    "cannot use the TLS files: {}; they must be PEM files that this user may read, the key that of the certificate"
+)
 
 
 def _port(text: str) -> int:
@@ -170,6 +248,20 @@ def _seconds(text: str) -> float:
         if 0 < (seconds := float(text)) < math.inf:
             return seconds
     raise argparse.ArgumentTypeError(f"{text!r} is not a time in seconds, above 0")
+
+
+def _count(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if (count := int(text)) >= 1:
+            return count
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number, 1 or more")
+
+
+def _descriptor(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if (fd := int(text)) >= 0:
+            return fd
+    raise argparse.ArgumentTypeError(f"{text!r} is not a file descriptor, 0 or more")
 
 
 def _integer(text: str) -> int:
@@ -224,8 +316,7 @@ def _parser() -> argparse.ArgumentParser:
             example=f"trioproto {protocol} --port 0 --tick 10    # a port that is free; statistics every 10 seconds",
         )
         command.set_defaults(run=_serve)
-        command.add_argument("--tick", type=_seconds, metavar="SECONDS", help="log a line of statistics this often")
-        command.add_argument("-v", "--verbose", action="store_true", help="log each connection")
+        _add_server_options(command, protocol)
 
     echo = _command(
         commands,
@@ -237,6 +328,7 @@ def _parser() -> argparse.ArgumentParser:
         "  trioproto echo-client --stdin <FILE >COPY",
     )
     echo.set_defaults(run=_echo_client)
+    _add_client_options(echo, "echo")
     what = echo.add_mutually_exclusive_group()
     what.add_argument(
         "messages", nargs="*", default=[], metavar="MESSAGE", help="sent as it is; none: ask for messages"
@@ -253,6 +345,7 @@ def _parser() -> argparse.ArgumentParser:
         "  trioproto op-client    # asks for operands and operator",
     )
     op.set_defaults(run=_op_client)
+    _add_client_options(op, "op")
     op.add_argument(
         "request",
         nargs="*",
@@ -278,6 +371,79 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(protocol=protocol)
-    command.add_argument("--host", default="127.0.0.1", help="name or address (default: %(default)s)")
-    command.add_argument("--port", type=_port, default=_PORTS[protocol], help="default: %(default)s")
     return command
+
+
+def _check_tls_options(parser: argparse.ArgumentParser, options: dict[str, object]) -> None:
+    """An option that would be without effect is a mistake: without ``--tls``, a client would ask in plain."""
+    switch = "tls" if "tls" in options else "tls_cert"
+    for name in ("tls_ca", "tls_cert", "tls_key", "tls_client_ca"):
+        if options.get(name) and not options.get(switch):
+            parser.error(f"--{name.replace('_', '-')} needs --{switch.replace('_', '-')}")
+    if options.get("tls_key") and not options.get("tls_cert"):
+        parser.error("--tls-key needs --tls-cert")
+
+
+def _add_server_options(command: argparse.ArgumentParser, protocol: str) -> None:
+    where = command.add_argument_group("where it listens")
+    where.add_argument(
+        "--host", action="append", metavar="HOST", help=f"name or address; may be repeated (default: {_HOST})"
+    )
+    where.add_argument("--port", type=_port, default=_PORTS[protocol], help="0 picks a free one (default: %(default)s)")
+    where.add_argument("--unix", metavar="PATH", help="a UNIX socket that only this user may connect to")
+    where.add_argument(
+        "--fd",
+        type=_descriptor,
+        action="append",
+        default=[],
+        metavar="N",
+        help="a listening socket that this process inherits; may be repeated (systemd's are found by themselves)",
+    )
+    limits = command.add_argument_group("limits")
+    limits.add_argument(
+        "--max-connections",
+        type=_count,
+        default=1000,
+        metavar="N",
+        help="how many are served at once; more wait in the kernel's queue (default: %(default)s)",
+    )
+    limits.add_argument(
+        "--idle-timeout",
+        type=_seconds,
+        default=300.0,
+        metavar="SECONDS",
+        help="between two requests, or for a client that takes no reply (default: %(default)s)",
+    )
+    limits.add_argument(
+        "--request-timeout",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="from a request's first byte to its last, and for a TLS handshake (default: %(default)s)",
+    )
+    limits.add_argument(
+        "--grace",
+        type=_seconds,
+        default=10.0,
+        metavar="SECONDS",
+        help="after SIGTERM or SIGINT, for requests that are under way (default: %(default)s)",
+    )
+    tls = command.add_argument_group("TLS")
+    tls.add_argument("--tls-cert", metavar="FILE", help="speak TLS with this certificate (PEM)")
+    tls.add_argument("--tls-key", metavar="FILE", help="its private key, if not in the same file")
+    tls.add_argument("--tls-client-ca", metavar="FILE", help="serve only clients with a certificate signed by these")
+    command.add_argument(
+        "--workers", type=_count, default=1, metavar="N", help="processes that share the work (default: %(default)s)"
+    )
+    command.add_argument("--tick", type=_seconds, metavar="SECONDS", help="log a line of statistics this often")
+    command.add_argument("-v", "--verbose", action="store_true", help="log each connection")
+
+
+def _add_client_options(command: argparse.ArgumentParser, protocol: str) -> None:
+    command.add_argument("--host", default=_HOST, help="name or address (default: %(default)s)")
+    command.add_argument("--port", type=_port, default=_PORTS[protocol], help="default: %(default)s")
+    tls = command.add_argument_group("TLS")
+    tls.add_argument("--tls", action="store_true", help="speak TLS; the server's certificate must name HOST")
+    tls.add_argument("--tls-ca", metavar="FILE", help="who may sign it (PEM; default: those that this system trusts)")
+    tls.add_argument("--tls-cert", metavar="FILE", help="this client's own certificate")
+    tls.add_argument("--tls-key", metavar="FILE", help="its private key, if not in the same file")

@@ -38,8 +38,10 @@ async def echo_dialogue(stream: trio.abc.Stream) -> None:
         await _write(b"Message from server: " + reply + (b"" if reply.endswith(b"\n") else b"\n"))
 
 
-async def echo_pipe(stream: trio.abc.HalfCloseableStream) -> None:
+async def echo_pipe(stream: trio.abc.Stream) -> None:
     """Send standard input to an echo server and write what comes back to standard output, both at once.
+
+    Done when the input has ended and as many bytes have come back. That needs no half-close, which TLS has not.
 
     Raises:
         EOFError: if the server ended the connection before the input had ended and all of it been echoed.
@@ -55,13 +57,16 @@ async def echo_pipe(stream: trio.abc.HalfCloseableStream) -> None:
                     await stream.send_all(chunk)
                     sent += len(chunk)
                 input_ended = True
-                await stream.send_eof()
+                if received == sent:
+                    nursery.cancel_scope.cancel()
 
             nursery.start_soon(send)
             async for chunk in stream:
-                received += len(chunk)
                 await _write(chunk)
                 advance(len(chunk))
+                received += len(chunk)
+                if input_ended and received >= sent:
+                    break
             # Input that is still to come has nowhere to go.
             nursery.cancel_scope.cancel()
     if received < sent or not input_ended:

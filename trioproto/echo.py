@@ -6,7 +6,7 @@ from trioproto.connection import Connection
 from trioproto.streams import RECEIVE_SIZE, IncompleteReadError, receive_exactly
 
 
-async def echo_handler(stream: trio.abc.Stream, *, idle_timeout: float = 300.0) -> None:
+async def echo_handler(stream: trio.abc.Stream, *, idle_timeout: float = 300.0, request_timeout: float = 30.0) -> None:
     """Serve one echo connection until the client ends it.
 
     Runs under `trioproto.serve_tcp` and `trio.serve_tcp`, on any stream. Whatever the client does ends this
@@ -17,10 +17,11 @@ async def echo_handler(stream: trio.abc.Stream, *, idle_timeout: float = 300.0) 
         stream: the client's. It is closed when this returns.
         idle_timeout: seconds, above 0, without a byte from the client, or without it taking one, after which the
             server ends the connection.
+        request_timeout: seconds, above 0, for a TLS handshake. An echo has no other request that could be late.
 
     On cancellation, the connection is closed at once and the cancellation goes on.
     """
-    async with Connection(stream, idle_timeout=idle_timeout) as connection:
+    async with Connection(stream, idle_timeout=idle_timeout, request_timeout=request_timeout) as connection:
         chunk = b""
         while chunk := await connection.exchange(chunk):
             if len(chunk) == RECEIVE_SIZE:

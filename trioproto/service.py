@@ -1,0 +1,38 @@
+"""A server as a process: serving until a signal comes, then stopping without loss."""
+
+import contextlib
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import trio
+
+# From when no new connections can begin until the accept queues are emptied: time for handshakes that had begun.
+HANDSHAKE_SECONDS = 0.1
+
+
+async def serve_until_signal(
+    serve: Callable[[trio.Event], Awaitable[object]], accepting: contextlib.AsyncExitStack
+) -> None:
+    """Run ``serve(shutdown)`` until SIGINT or SIGTERM comes, then stop gracefully; at once, if another one comes.
+
+    Args:
+        serve: serves until the event that it is given is set, and then for as long as its stop takes.
+        accepting: what lets new connections in. Closed when the stop begins.
+
+    On cancellation, ``serve`` is cancelled.
+    """
+    shutdown = trio.Event()
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def stop(signals: AsyncIterator[int]) -> None:
+                await anext(signals)
+                await accepting.aclose()
+                await trio.sleep(HANDSHAKE_SECONDS)
+                shutdown.set()
+                await anext(signals)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(stop, signals)
+            await serve(shutdown)
+            nursery.cancel_scope.cancel()

@@ -1,0 +1,81 @@
+"""Worker processes that share listening sockets, supervised by one nursery."""
+
+import logging
+import signal
+import subprocess
+from collections.abc import Sequence
+
+import trio
+
+_log = logging.getLogger(__name__)
+
+# A worker that dies is replaced at once; if it lived for less than a second, after a wait that doubles each time.
+SHORT_LIFE = 1.0
+FIRST_WAIT = 0.1
+LONGEST_WAIT = 30.0
+
+
+async def supervise_workers(
+    command: Sequence[str], count: int, *, listening_fds: Sequence[int], shutdown: trio.Event
+) -> None:
+    """Keep ``count`` processes running until ``shutdown`` is set, then have each stop, and wait for them.
+
+    The kernel gives each connection to one of the processes that listen. While this process holds the sockets
+    too, a connection that is queued when a worker dies goes to another.
+
+    Args:
+        command: a worker's command line; it serves on the descriptors of ``listening_fds``, and stops on SIGTERM.
+        count: how many, 1 or more.
+        listening_fds: descriptors of listening sockets, which the workers inherit under the same numbers.
+        shutdown: set to stop.
+
+    Raises:
+        OSError: if ``command`` cannot be started at all.
+
+    On cancellation, the workers are killed (SIGKILL) and waited for.
+    """
+    async with trio.open_nursery() as nursery:
+        for number in range(1, count + 1):
+            nursery.start_soon(_keep_running, number, command, listening_fds, shutdown)
+
+
+async def _keep_running(
+    number: int, command: Sequence[str], listening_fds: Sequence[int], shutdown: trio.Event
+) -> None:
+    wait = FIRST_WAIT
+    while not shutdown.is_set():
+        began = trio.current_time()
+        status = await _run_worker(command, listening_fds, shutdown)
+        if shutdown.is_set():
+            return
+        _log.error("worker %d ended with status %d; starting another", number, status)
+        if trio.current_time() - began >= SHORT_LIFE:
+            wait = FIRST_WAIT
+            continue
+        with trio.move_on_after(wait):
+            await shutdown.wait()
+        wait = min(2 * wait, LONGEST_WAIT)
+
+
+async def _run_worker(command: Sequence[str], listening_fds: Sequence[int], shutdown: trio.Event) -> int:
+    """Run one worker until it ends, and return its exit status (as `subprocess.Popen.returncode`)."""
+    # A process group of its own, so that a terminal's Ctrl-C reaches the supervisor alone, and it stops the workers.
+    process = await trio.lowlevel.open_process(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=listening_fds, process_group=0
+    )
+    try:
+        async with trio.open_nursery() as nursery:
+
+            async def stop() -> None:
+                await shutdown.wait()
+                process.send_signal(signal.SIGTERM)
+
+            nursery.start_soon(stop)
+            status = await process.wait()
+            nursery.cancel_scope.cancel()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            with trio.CancelScope(shield=True):  # a killed process ends at once
+                await process.wait()
+    return status
