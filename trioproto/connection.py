@@ -186,7 +186,8 @@ class Connection:
     def _log_fault(self, fault: str) -> None:
         # A client that leaves or falls asleep between two requests is no news.
         level = logging.DEBUG if self._waits_for in (_NOTHING, _REQUEST) else logging.WARNING
-        _log.log(level, "%s, awaiting %s, %s", self.peer, self._waits_for, fault)
+        if _log.isEnabledFor(level):  # asking the kernel for the name is not for nothing
+            _log.log(level, "%s, awaiting %s, %s", self.peer, self._waits_for, fault)
 
     def _wait_for_room(self) -> None:
         self._allow(self._idle_timeout, _ROOM)

@@ -5,12 +5,13 @@ aside) and more on top. A handler is ``async def handler(stream) -> None``; the 
 speaks.
 """
 
+import contextlib
 import errno
 import logging
 import math
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 import attrs
@@ -265,29 +266,30 @@ class _Acceptor:
     async def run(self, tick: float, on_tick: OnTick | None, until_shutdown: trio.CancelScope) -> None:
         """Accept until ``until_shutdown`` is cancelled, then take in what is still queued, and close the listener."""
         async with self._listener:
-            began = trio.current_time()
-            number = 1
-            with until_shutdown:
-                while True:
-                    # Inside the scope the loop runs undisturbed; only the tick gets out of it.
-                    with trio.move_on_after(max(0.0, began + number * tick - trio.current_time())):
-                        await self._accept(forever=True)
-                    if on_tick is not None:
-                        await on_tick(self._connections.stats())
-                    # Counted from the beginning, the schedule cannot drift; a tick that is past is left out.
-                    number = max(number + 1, math.ceil((trio.current_time() - began) / tick))
-            await self._accept(forever=False)
+            with _borrowed_socket(self._listener) as listening:
+                began = trio.current_time()
+                number = 1
+                with until_shutdown:
+                    while True:
+                        # Inside the scope the loop runs undisturbed; only the tick gets out of it.
+                        with trio.move_on_after(max(0.0, began + number * tick - trio.current_time())):
+                            await self._accept(listening, forever=True)
+                        if on_tick is not None:
+                            await on_tick(self._connections.stats())
+                        # Counted from the beginning, the schedule cannot drift; a tick that is past is left out.
+                        number = max(number + 1, math.ceil((trio.current_time() - began) / tick))
+                await self._accept(listening, forever=False)
 
-    async def _accept(self, *, forever: bool) -> None:
+    async def _accept(self, listening: socket.socket | None, *, forever: bool) -> None:
         """Accept and start connections: for ever, or as long as some are queued."""
         empty = False
         while forever or not empty:
             await self._connections.room()
             try:
-                if isinstance(self._listener, trio.SocketListener):
+                if listening is not None:
                     if forever:
-                        await trio.lowlevel.wait_readable(self._listener.socket)
-                    empty = self._start_queued(self._listener.socket)
+                        await trio.lowlevel.wait_readable(listening)
+                    empty = self._start_queued(listening)
                 else:
                     # Two listeners that are no sockets may both wait here for the last place: one is served too many.
                     with trio.move_on_after(math.inf if forever else LAST_LOOK) as look:
@@ -300,7 +302,7 @@ class _Acceptor:
                     _log.info("accepting again")
                 self._short = False
 
-    def _start_queued(self, listening: trio.socket.SocketType) -> bool:
+    def _start_queued(self, listening: socket.socket) -> bool:
         """Start the connections that are queued, as far as there is room: a burst in one wake-up.
 
         Returns:
@@ -309,18 +311,14 @@ class _Acceptor:
         Raises:
             OSError: what accept(2) reports.
         """
-        # Trio's own accept() waits when the queue is empty. The standard library's, on the same descriptor, does not.
-        borrowed = socket.socket(listening.family, listening.type, listening.proto, fileno=listening.fileno())
         try:
             for _ in range(ACCEPT_BATCH):
                 if not self._connections.has_room():
                     break
-                accepted, _address = borrowed.accept()
+                accepted, _address = listening.accept()
                 self._connections.start(trio.SocketStream(trio.socket.from_stdlib_socket(accepted)))
         except BlockingIOError:
             return True
-        finally:
-            borrowed.detach()
         return False
 
     async def _get_over(self, error: OSError) -> None:
@@ -333,3 +331,21 @@ class _Acceptor:
             await trio.sleep(CAPACITY_WAIT)
         else:
             raise error
+
+
+@contextlib.contextmanager
+def _borrowed_socket(listener: trio.abc.Listener[Any]) -> Iterator[socket.socket | None]:
+    """Give the standard library's view of a listener's socket; None for a listener that has none.
+
+    Trio's ``accept`` waits when the queue is empty, and goes through the scheduler when it is not. The standard
+    library's, on the same descriptor, which Trio has made non-blocking, does neither.
+    """
+    if not isinstance(listener, trio.SocketListener):
+        yield None
+        return
+    trios = listener.socket
+    borrowed = socket.socket(trios.family, trios.type, trios.proto, fileno=trios.fileno())
+    try:
+        yield borrowed
+    finally:
+        borrowed.detach()
