@@ -82,12 +82,12 @@ class Connection:
         self._transport = transport_for(stream)
         self._idle_timeout = idle_timeout
         self._request_timeout = request_timeout
+        self._accepted = trio.current_time()
         # One scope for the whole conversation: to give the client more time is to move its deadline.
-        self._scope = trio.CancelScope()
-        self._deadline = math.inf
+        self._deadline = self._accepted + idle_timeout + _leeway(idle_timeout)
+        self._scope = trio.CancelScope(deadline=self._deadline)
         self._waits_for = _NOTHING
         self._drain = current_drain()
-        self._accepted = trio.current_time()
         self._fresh = True  # nothing was received yet
         self._mid_request = False
         self._client_ended = False
@@ -107,7 +107,8 @@ class Connection:
     ) -> bool:
         self._drain.unlisten(self._stop_waiting)
         try:
-            timed_out = self._scope.__exit__(kind, error, traceback)
+            self._scope.__exit__(kind, error, traceback)
+            timed_out = self._scope.cancelled_caught
             broken = isinstance(error, trio.BrokenResourceError)
             if error is not None and not timed_out and not broken:
                 return False
@@ -195,14 +196,14 @@ class Connection:
     def _allow(self, seconds: float, waits_for: str) -> None:
         """Give the client ``seconds`` from now, or up to a sixteenth more.
 
-        Moving a deadline costs as much as some requests take. So it is moved a little too far, and then stays where
-        it is until that little has passed.
+        Moving a deadline costs as much as a request does. So it is moved a little too far, and then stays where it
+        is until that little has passed.
         """
         self._waits_for = waits_for
         deadline = trio.current_time() + seconds
-        more = min(seconds / 16, 1.0)
-        if not deadline <= self._deadline <= deadline + more:
-            self._deadline = self._scope.deadline = deadline + more
+        latest = deadline + _leeway(seconds)
+        if not deadline <= self._deadline <= latest:
+            self._deadline = self._scope.deadline = latest
 
     def _stop_waiting(self) -> None:
         """The server stops: end the wait for a request, if there is one."""
@@ -213,6 +214,10 @@ class Connection:
             self._deadline = self._scope.deadline = first_request_due
         else:
             self._transport.interrupt()
+
+
+def _leeway(seconds: float) -> float:
+    return min(seconds / 16, 1.0)
 
 
 async def _linger(stream: trio.abc.Stream) -> None:
