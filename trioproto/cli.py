@@ -96,9 +96,11 @@ async def _serve(args: argparse.Namespace) -> None:
                 for listener in listeners:
                     await trio.aclose_forcefully(listener)
 
-        # The kernel queues connections from now on.
-        _print_addresses(args.protocol, listeners)
-        await serve_until_signal(serve if args.workers == 1 else supervise, accepting)
+        await serve_until_signal(
+            serve if args.workers == 1 else supervise,
+            accepting,
+            announce=functools.partial(_print_addresses, args.protocol, listeners),
+        )
 
 
 def _server_context(args: argparse.Namespace) -> ssl.SSLContext | None:

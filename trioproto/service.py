@@ -11,13 +11,16 @@ HANDSHAKE_SECONDS = 0.1
 
 
 async def serve_until_signal(
-    serve: Callable[[trio.Event], Awaitable[object]], accepting: contextlib.AsyncExitStack
+    serve: Callable[[trio.Event], Awaitable[object]],
+    accepting: contextlib.AsyncExitStack,
+    announce: Callable[[], object],
 ) -> None:
     """Run ``serve(shutdown)`` until SIGINT or SIGTERM comes, then stop gracefully; at once, if another one comes.
 
     Args:
         serve: serves until the event that it is given is set, and then for as long as its stop takes.
         accepting: what lets new connections in. Closed when the stop begins.
+        announce: says where the service is to be had; called when it is, and signals are waited for.
 
     On cancellation, ``serve`` is cancelled.
     """
@@ -34,5 +37,6 @@ async def serve_until_signal(
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(stop, signals)
+            announce()
             await serve(shutdown)
             nursery.cancel_scope.cancel()
