@@ -1,0 +1,636 @@
+"""The command line, as its user meets it: commands as processes of their own, on pipes and on terminals."""
+
+import contextlib
+import os
+import pty
+import random
+import re
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import trioproto
+from trioproto.cli import main
+
+# Seconds after which a command hangs, even on a machine that has much else to do.
+TIMEOUT = 30.0
+
+# More than all the buffers on the way from standard input to standard output hold, and every byte in it.
+MUCH = random.Random(1).randbytes(4 * 2**20)
+
+# What runs when tqdm is not installed: importing it fails.
+WITHOUT_TQDM = "import sys; sys.modules['tqdm'] = None; from trioproto.cli import main; sys.exit(main())"
+
+# What runs when a host has two addresses, here without a name server.
+WITH_TWO_ADDRESSES = """
+import socket, sys
+lookup = socket.getaddrinfo
+def lookup_both(host, *rest):
+    return lookup("127.0.0.1", *rest) + lookup("127.0.0.2", *rest)
+socket.getaddrinfo = lookup_both
+from trioproto.cli import main
+sys.exit(main())
+"""
+
+# A terminal sends its Ctrl-C to the processes that it controls: that takes a session of one's own.
+LOG_IN = "import os, sys; os.login_tty(0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+
+
+def command(*arguments: str | bytes) -> list[str | bytes]:
+    return [sys.executable, "-m", "trioproto", *arguments]
+
+
+def run(*arguments: str | bytes, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(command(*arguments), input=stdin, capture_output=True, timeout=TIMEOUT, check=False)
+
+
+@contextlib.contextmanager
+def running(words: list[str | bytes], **streams: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a process, with pipes where ``streams`` does not say otherwise; leave none behind."""
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(words, bufsize=0, **(pipes | streams)) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def finish(process: subprocess.Popen[bytes]) -> subprocess.CompletedProcess[bytes]:
+    """Wait until ``process`` has ended by itself, with its standard input still open."""
+    process.wait(TIMEOUT)
+    stdout, stderr = (
+        b"" if stream is None or stream.closed else stream.read() for stream in (process.stdout, process.stderr)
+    )
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+@contextlib.contextmanager
+def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Run a server: its process, and its port as it prints it. It has to end with 0."""
+    with running(command(*arguments, "--port", "0")) as server:
+        assert server.stdout is not None
+        port = read_until(server.stdout.fileno(), b"\n").decode().split("\n")[0].rpartition(":")[2]
+        yield server, port
+        server.terminate()
+        assert server.wait(TIMEOUT) == 0
+
+
+@contextlib.contextmanager
+def at_terminal(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """Run a command at a terminal: its process, and the person's end of the terminal."""
+    person, terminal = pty.openpty()
+    words: list[str | bytes] = [sys.executable, "-c", LOG_IN, "-m", "trioproto", *arguments]
+    try:
+        with running(words, stdin=terminal, stdout=terminal, stderr=terminal) as process:
+            os.close(terminal)
+            yield process, person
+    finally:
+        os.close(person)
+
+
+def read_some(fd: int) -> bytes:
+    ready, _, _ = select.select([fd], [], [], TIMEOUT)
+    assert ready, "nothing comes"
+    try:
+        return os.read(fd, 65536)
+    except OSError:  # how Linux says that nobody has the terminal open any more
+        return b""
+
+
+def read_until(fd: int, expected: bytes) -> bytes:
+    received = b""
+    while expected not in received:
+        chunk = read_some(fd)
+        assert chunk, f"{expected!r} did not come, but {received!r}"
+        received += chunk
+    return received
+
+
+def read_to_end(fd: int) -> bytes:
+    received = b""
+    while chunk := read_some(fd):
+        received += chunk
+    return received
+
+
+def failure(done: subprocess.CompletedProcess[bytes]) -> str:
+    """Return what a command says that failed as it should: with status 1, and one line on standard error."""
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("trioproto: ")
+    assert done.returncode == 1
+    return line
+
+
+def listen() -> socket.socket:
+    """Stand in for a server, to do what no server should."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(TIMEOUT)
+    return listener
+
+
+def accept(listener: socket.socket) -> socket.socket:
+    connection, _ = listener.accept()
+    connection.settimeout(TIMEOUT)
+    return connection
+
+
+@contextlib.contextmanager
+def closed_pipe() -> Iterator[int]:
+    """Give the end of a pipe to write to, with nobody at the other end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+def port_of(listener: socket.socket) -> str:
+    return str(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def echo_port() -> Iterator[str]:
+    with serving("echo") as (_, port):
+        yield port
+
+
+@pytest.fixture(scope="module")
+def op_port() -> Iterator[str]:
+    with serving("op") as (_, port):
+        yield port
+
+
+@pytest.fixture
+def much(tmp_path: Path) -> Path:
+    path = tmp_path / "much"
+    path.write_bytes(MUCH)
+    return path
+
+
+# Help, and arguments that are wrong
+
+
+def test_version() -> None:
+    """``--version`` prints the program's name and version."""
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"trioproto {trioproto.__version__}\n".encode())
+
+
+@pytest.mark.parametrize("words", [[], ["echo"], ["op"], ["echo-client"], ["op-client"]])
+def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Every ``--help`` shows an example, in ASCII, which every terminal knows."""
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--help"])
+    help_ = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert f"\nexample:\n  {' '.join(['trioproto', *words])}" in help_
+    assert help_.isascii()
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("", "required: COMMAND"),
+        ("sing", "invalid choice: 'sing'"),
+        ("echo --port nine", "'nine' is not a port, 0 to 65535"),
+        ("op --port 65536", "'65536' is not a port, 0 to 65535"),
+        ("op-client --port -1", "'-1' is not a port, 0 to 65535"),
+        ("echo --tick often", "'often' is not a time in seconds, above 0"),
+        ("op --tick 0", "'0' is not a time in seconds, above 0"),
+        ("op --tick inf", "'inf' is not a time in seconds, above 0"),
+        ("echo-client --stdin hello", "not allowed with argument"),
+        ("op-client +", "0 operands: a request has 1 to 255"),
+        ("op-client " + "1 " * 256 + "+", "256 operands: a request has 1 to 255"),
+        ("op-client 1 two +", "operand 'two' is not an integer"),
+        ("op-client 1 2147483648 +", "operand 2 is 2147483648: not in int32"),
+        ("op-client -2147483649 +", "operand 1 is -2147483649: not in int32"),
+        ("op-client 1 2 /", "operator is '/': not one of + - *"),
+    ],
+)
+def test_wrong_arguments(words: str, complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wrong arguments end a command with status 2, after a line that names what is wrong."""
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2
+    assert complaint in err.splitlines()[-1]
+    assert out == ""
+
+
+def test_status_of_wrong_arguments() -> None:
+    """Wrong arguments are the process's exit status 2, and nothing on standard output."""
+    done = run("op-client", "1", "2", "/")
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+# Servers
+
+
+def test_server_says_where_it_listens() -> None:
+    """As soon as a server accepts connections it says so, also into a pipe: ``--port 0`` with the real port."""
+    with running(command("echo", "--port", "0")) as server:
+        assert server.stdout is not None
+        line = read_until(server.stdout.fileno(), b"\n").decode()
+        said = re.fullmatch(r"trioproto echo listening on 127\.0\.0\.1:([1-9]\d*)\n", line)
+        assert said
+        socket.create_connection(("127.0.0.1", int(said[1])), TIMEOUT).close()
+        server.terminate()
+        assert finish(server).stdout == b""
+
+
+def test_ipv6() -> None:
+    """A server on an IPv6 address prints it in brackets, and a client reaches it there."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    with running(command("op", "--host", "::1", "--port", "0")) as server:
+        assert server.stdout is not None
+        line = read_until(server.stdout.fileno(), b"\n").decode()
+        assert line.startswith("trioproto op listening on [::1]:")
+        port = line.strip().rpartition(":")[2]
+        assert run("op-client", "--host", "::1", "--port", port, "1", "2", "+").stdout == b"3\n"
+        server.terminate()
+        assert server.wait(TIMEOUT) == 0
+
+
+def test_localhost() -> None:
+    """A name does for ``--host``, to listen on and to connect to."""
+    with serving("op", "--host", "localhost") as (_, port):
+        assert run("op-client", "--host", "localhost", "--port", port, "1", "2", "+").stdout == b"3\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_server_ends_on_signal(number: signal.Signals) -> None:
+    """SIGTERM and Ctrl-C end a server, and the connections it has, with status 0 and not a word."""
+    with serving("echo") as (server, port), socket.create_connection(("127.0.0.1", int(port)), TIMEOUT) as client:
+        client.sendall(b"hello")
+        assert client.recv(5, socket.MSG_WAITALL) == b"hello"
+        server.send_signal(number)
+        done = finish(server)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+        assert client.recv(1) == b""
+
+
+def test_port_in_use() -> None:
+    """A server that finds its port taken fails with what to do."""
+    with listen() as taken:
+        port = port_of(taken)
+        line = failure(run("echo", "--port", port))
+    assert line.startswith(f"trioproto: cannot listen on 127.0.0.1:{port}: ")
+    assert "choose another --host or --port" in line
+
+
+def test_server_nobody_listens_to() -> None:
+    """A server that cannot say where it listens fails."""
+    with closed_pipe() as stdout, running(command("echo", "--port", "0"), stdout=stdout) as server:
+        assert "cannot write to standard output" in failure(finish(server))
+
+
+def test_tick() -> None:
+    """``--tick`` logs the statistics that often, on standard error."""
+    with serving("echo", "--tick", "0.05") as (server, port):
+        assert server.stderr is not None
+        read_until(server.stderr.fileno(), b"accepted 0, active 0, crashed 0, up ")
+        with socket.create_connection(("127.0.0.1", int(port)), TIMEOUT):
+            read_until(server.stderr.fileno(), b"accepted 1, active 1, crashed 0, up ")
+        read_until(server.stderr.fileno(), b"accepted 1, active 0, crashed 0, up ")
+
+
+def test_verbose() -> None:
+    """``-v`` logs each connection with its number and its peer, and its end."""
+    with serving("echo", "-v") as (server, port):
+        assert server.stderr is not None
+        for number in (1, 2):
+            with socket.create_connection(("127.0.0.1", int(port)), TIMEOUT) as client:
+                peer = f"127.0.0.1:{client.getsockname()[1]}"
+                read_until(server.stderr.fileno(), f"connection {number} from {peer}\n".encode())
+            read_until(server.stderr.fileno(), f"connection {number} ended\n".encode())
+
+
+# Clients with arguments
+
+
+def test_echo_client(echo_port: str) -> None:
+    """Each message comes back on a line of its own: an empty one, one with blanks, bytes that are no UTF-8."""
+    done = run("echo-client", "--port", echo_port, "hello", "", "and again", b"\xff\xfe\x80")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"hello\n\nand again\n\xff\xfe\x80\n", b"")
+
+
+@pytest.mark.parametrize(
+    ("words", "result"),
+    [
+        ("10 -4 sub", 14),
+        ("-2147483648 1 -", 2147483647),
+        ("2147483647 1 add", -2147483648),
+        ("-3 4 *", -12),
+        ("65536 65537 mul", 65536),
+        ("1 " * 255 + "+", 255),
+    ],
+)
+def test_op_client(words: str, result: int, op_port: str) -> None:
+    """The bare result, wrapped into int32; each operator by its sign or its name."""
+    done = run("op-client", *words.split(), "--port", op_port)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{result}\n".encode(), b"")
+
+
+# Dialogues
+
+
+@pytest.mark.parametrize(
+    ("typed", "answered"),
+    [
+        (b"hello\nQ\nunread\n", b"Message from server: hello\nInput message(Q to quit): "),
+        (b"q\n", b""),
+        (b"Q", b""),
+        (b"", b""),
+        (
+            b"\n\xff",
+            b"Message from server: \nInput message(Q to quit): Message from server: \xff\nInput message(Q to quit): ",
+        ),
+    ],
+)
+def test_echo_dialogue(typed: bytes, answered: bytes, echo_port: str) -> None:
+    """Without a message the client asks for some, until one is Q or the input ends; the words are the article's."""
+    done = run("echo-client", "--port", echo_port, stdin=typed)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"Input message(Q to quit): " + answered, b"")
+
+
+@pytest.mark.parametrize("typed", [b"3\n1\n2\n3\n+\n", b"3 1\n\n2 3 +"])
+def test_op_dialogue(typed: bytes, op_port: str) -> None:
+    """Without a request the client asks for one, number by number, in the article's words."""
+    done = run("op-client", "--port", op_port, stdin=typed)
+    prompts = b"Operand count: Operand 1: Operand 2: Operand 3: Operator: "
+    assert (done.returncode, done.stdout, done.stderr) == (0, prompts + b"Operation result: 6\n", b"")
+
+
+@pytest.mark.parametrize(
+    ("typed", "complaint"),
+    [
+        (b"256\n", "operand count is 256: not 1 to 255"),
+        (b"1\ntwo\n", "'two' is not an integer"),
+        (b"1\n1\n\xff\n", r"operator is '\\xff': not one of + - *"),
+        (b"2\n1\n", "the input ended before the request was complete"),
+    ],
+)
+def test_op_dialogue_with_wrong_answers(typed: bytes, complaint: str, op_port: str) -> None:
+    """A number that is none, or an input that ends too early, is named."""
+    assert complaint in failure(run("op-client", "--port", op_port, stdin=typed))
+
+
+def test_echo_dialogue_at_terminal(echo_port: str) -> None:
+    """What a person sees: each prompt before there is an answer, each echo before the next prompt."""
+    with at_terminal("echo-client", "--port", echo_port) as (client, person):
+        seen = read_until(person, b"quit): ")
+        os.write(person, b"hello\n")
+        seen += read_until(person, b"quit): ")
+        os.write(person, b"Q\n")
+        seen += read_to_end(person)
+        assert client.wait(TIMEOUT) == 0
+    assert seen.decode().splitlines() == [
+        "Input message(Q to quit): hello",
+        "Message from server: hello",
+        "Input message(Q to quit): Q",
+    ]
+
+
+def test_op_dialogue_at_terminal(op_port: str) -> None:
+    """What a person sees: the article's dialogue, word for word."""
+    with at_terminal("op-client", "--port", op_port) as (client, person):
+        seen = b""
+        for prompt, answer in (
+            (b"Operand count: ", b"3\n"),
+            (b"Operand 1: ", b"1\n"),
+            (b"Operand 2: ", b"2\n"),
+            (b"Operand 3: ", b"3\n"),
+            (b"Operator: ", b"+\n"),
+        ):
+            seen += read_until(person, prompt)
+            os.write(person, answer)
+        seen += read_to_end(person)
+        assert client.wait(TIMEOUT) == 0
+    assert seen.decode().splitlines() == [
+        "Operand count: 3",
+        "Operand 1: 1",
+        "Operand 2: 2",
+        "Operand 3: 3",
+        "Operator: +",
+        "Operation result: 6",
+    ]
+
+
+# Pipes
+
+
+def test_pipe(echo_port: str) -> None:
+    """``--stdin`` sends its input and writes the echo at once, each byte as it was, and nothing else anywhere."""
+    done = run("echo-client", "--port", echo_port, "--stdin", stdin=MUCH)
+    assert done.stdout == MUCH
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_pipe_does_not_wait_for_the_end(echo_port: str) -> None:
+    """``--stdin`` sends what it has before its input ends."""
+    with running(command("echo-client", "--port", echo_port, "--stdin")) as client:
+        assert client.stdin is not None
+        assert client.stdout is not None
+        for chunk in (b"one", b"two"):
+            client.stdin.write(chunk)
+            assert read_until(client.stdout.fileno(), chunk) == chunk
+        client.stdin.close()
+        assert client.wait(TIMEOUT) == 0
+
+
+def test_progress_bar(echo_port: str, much: Path) -> None:
+    """A terminal on standard error shows how much of the file has come back, up to all of it."""
+    assert b"100%" in bar_of(command("echo-client", "--port", echo_port, "--stdin"), much)
+
+
+def test_no_progress_bar_without_tqdm(echo_port: str, much: Path) -> None:
+    """Without tqdm, ``--stdin`` does the same without the bar."""
+    words: list[str | bytes] = [sys.executable, "-c", WITHOUT_TQDM, "echo-client", "--port", echo_port, "--stdin"]
+    assert bar_of(words, much) == b""
+
+
+def bar_of(words: list[str | bytes], file: Path) -> bytes:
+    """Copy ``file`` through a client, and return what the terminal on standard error shows meanwhile."""
+    copy = file.with_name("copy")
+    person, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (25, 80))
+    try:
+        with (
+            file.open("rb") as stdin,
+            copy.open("wb") as stdout,
+            running(words, stdin=stdin, stdout=stdout, stderr=terminal) as client,
+        ):
+            os.close(terminal)
+            seen = read_to_end(person)
+            assert client.wait(TIMEOUT) == 0
+    finally:
+        os.close(person)
+    assert copy.read_bytes() == file.read_bytes()
+    return seen
+
+
+def test_standard_error_closed(echo_port: str) -> None:
+    """``--stdin`` needs no standard error."""
+    words = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command("echo-client", "--port", echo_port, "--stdin")]
+    done = subprocess.run(words, input=b"hello", stdout=subprocess.PIPE, timeout=TIMEOUT, check=False)
+    assert (done.returncode, done.stdout) == (0, b"hello")
+
+
+def test_standard_output_closed_early(echo_port: str, much: Path) -> None:
+    """``| head -c 10`` gets its bytes, and the client then fails."""
+    with (
+        much.open("rb") as stdin,
+        running(command("echo-client", "--port", echo_port, "--stdin"), stdin=stdin) as client,
+    ):
+        assert client.stdout is not None
+        assert client.stdout.read(10) == MUCH[:10]
+        client.stdout.close()
+        assert failure(finish(client)) == "trioproto: nobody reads standard output any more"
+
+
+def test_standard_output_nobody_reads(op_port: str) -> None:
+    """A result that nobody reads is a failure."""
+    with closed_pipe() as stdout, running(command("op-client", "--port", op_port, "1", "+"), stdout=stdout) as client:
+        assert failure(finish(client)) == "trioproto: nobody reads standard output any more"
+
+
+def test_standard_input_that_cannot_be_read(echo_port: str) -> None:
+    """Input that cannot be read is a failure that says so."""
+    with (
+        Path(os.devnull).open("wb") as stdin,
+        running(command("echo-client", "--port", echo_port, "--stdin"), stdin=stdin) as client,
+    ):
+        assert "standard input or output failed: Bad file descriptor" in failure(finish(client))
+
+
+# Servers that are not there, or not for long
+
+
+@pytest.mark.parametrize(("client", "server"), [("echo-client", "echo"), ("op-client", "op")])
+def test_nobody_listens(client: str, server: str) -> None:
+    """A client that finds nobody at its port fails with the command that starts a server there."""
+    with socket.socket() as bound:  # and not listening
+        bound.bind(("127.0.0.1", 0))
+        port = port_of(bound)
+        line = failure(run(client, "--port", port))
+    assert line.startswith(f"trioproto: cannot connect to 127.0.0.1:{port}: Connection refused; ")
+    assert line.endswith(f" python -m trioproto {server} --host 127.0.0.1 --port {port}")
+
+
+def test_nobody_listens_at_any_address() -> None:
+    """A host may have many addresses: the failure is still one line, with a reason."""
+    with socket.socket() as bound:
+        bound.bind(("0.0.0.0", 0))
+        words = [sys.executable, "-c", WITH_TWO_ADDRESSES, "op-client", "--port", port_of(bound), "1", "+"]
+        done = subprocess.run(words, capture_output=True, timeout=TIMEOUT, check=False)
+    assert ": Connection refused; " in failure(done)
+
+
+@pytest.mark.parametrize("words", ["echo-client hello", "echo"])
+def test_host_that_is_no_name(words: str) -> None:
+    """A ``--host`` that no host could have is a failure like any other."""
+    line = failure(run(*words.split(), "--host", "a" * 64))
+    assert "label too long" in line
+    assert "--host" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("op-client 1 2 +", "end of stream after 0 of 4 bytes"),
+        ("echo-client hello", "end of stream after 2 of 5 bytes"),
+        ("echo-client --stdin", "end of stream after 2 of 5 bytes"),
+    ],
+)
+def test_server_ends_too_early(words: str, reason: str) -> None:
+    """A server that ends a connection before it has replied is a failure that says how far it got."""
+    with listen() as listener, running(command(*words.split(), "--port", port_of(listener))) as client:
+        assert client.stdin is not None
+        if "--stdin" in words:
+            client.stdin.write(b"hello")
+        client.stdin.close()
+        with accept(listener) as connection:
+            request = connection.recv(5, socket.MSG_WAITALL)
+            if request == b"hello":
+                connection.sendall(b"he")
+            connection.shutdown(socket.SHUT_WR)
+            read_to_end(connection.fileno())
+        line = failure(finish(client))
+        port = port_of(listener)
+    assert line == f"trioproto: 127.0.0.1:{port} ended the connection: {reason}; look at the server's log"
+
+
+def test_server_stops_while_input_is_open() -> None:
+    """``--stdin`` fails when its server stops, even if all that was sent came back and more is yet to come."""
+    with serving("echo") as (server, port), running(command("echo-client", "--port", port, "--stdin")) as client:
+        assert client.stdin is not None
+        assert client.stdout is not None
+        client.stdin.write(b"hello")
+        assert read_until(client.stdout.fileno(), b"hello") == b"hello"
+        server.terminate()
+        assert "end of stream after 5 of 5 bytes and more" in failure(finish(client))
+
+
+def test_server_stops_during_a_dialogue() -> None:
+    """A dialogue whose server has stopped fails at the next message."""
+    with serving("echo") as (server, port), running(command("echo-client", "--port", port)) as client:
+        assert client.stdin is not None
+        assert client.stdout is not None
+        read_until(client.stdout.fileno(), b"quit): ")
+        server.terminate()
+        assert server.wait(TIMEOUT) == 0
+        client.stdin.write(b"hello\n")
+        assert f"127.0.0.1:{port}" in failure(finish(client))
+
+
+def test_connection_breaks() -> None:
+    """A connection that is reset while the client waits for a reply is a failure that says where to look."""
+    with listen() as listener, running(command("op-client", "--port", port_of(listener), "1", "+")) as client:
+        with accept(listener) as connection:
+            assert len(connection.recv(6, socket.MSG_WAITALL)) == 6
+            # To close at once, with nothing to linger for, is to reset (socket(7)).
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        line = failure(finish(client))
+        assert line == f"trioproto: the connection to 127.0.0.1:{port_of(listener)} broke; look at the server's log"
+
+
+# Ctrl-C
+
+
+def test_interrupted_dialogue(echo_port: str) -> None:
+    """Ctrl-C ends a dialogue with status 130, and not a word."""
+    with at_terminal("echo-client", "--port", echo_port) as (client, person):
+        read_until(person, b"quit): ")
+        os.write(person, b"\x03")
+        assert client.wait(TIMEOUT) == 130
+        assert read_to_end(person) == b"^C"
+
+
+def test_interrupted_write(echo_port: str, much: Path) -> None:
+    """An interrupt ends a client even while nobody takes its output."""
+    reader, writer = os.pipe()
+    words = command("echo-client", "--port", echo_port, "--stdin")
+    try:
+        with much.open("rb") as stdin, running(words, stdin=stdin, stdout=writer) as client:
+            deadline = time.monotonic() + TIMEOUT
+            while select.select([], [writer], [], 0)[1]:
+                assert time.monotonic() < deadline, "the pipe does not fill"
+                time.sleep(0.01)
+            client.send_signal(signal.SIGINT)
+            done = finish(client)
+            assert (done.returncode, done.stderr) == (130, b"")
+    finally:
+        os.close(reader)
+        os.close(writer)
