@@ -119,14 +119,7 @@ async def serve_listeners(
 
     On cancellation, every connection is cancelled and every listener closed.
     """
-    if tick is not None and not tick > 0:
-        raise ValueError(f"tick is {tick}: not above 0 seconds")
-    if on_tick is not None and tick is None:
-        raise ValueError("on_tick needs a tick")
-    if max_connections is not None and max_connections < 1:
-        raise ValueError(f"max_connections is {max_connections}: not 1 or more")
-    if not grace_period >= 0:
-        raise ValueError(f"grace_period is {grace_period}: not 0 seconds or more")
+    _check_settings(tick, on_tick, max_connections, grace_period)
     with announced_drain() as drain:
         async with trio.open_nursery() as nursery:
             connections = _Connections(handler, nursery, math.inf if max_connections is None else max_connections)
@@ -184,6 +177,7 @@ async def serve_tcp(
 
     On cancellation, every connection is cancelled and every listener closed.
     """
+    _check_settings(tick, on_tick, max_connections, grace_period)  # before anything is open that would be left so
     listeners = await trio.open_tcp_listeners(port, host=host, backlog=backlog)
     return await serve_listeners(
         handler,
@@ -195,6 +189,19 @@ async def serve_tcp(
         grace_period=grace_period,
         task_status=task_status,
     )
+
+
+def _check_settings(
+    tick: float | None, on_tick: OnTick | None, max_connections: int | None, grace_period: float
+) -> None:
+    if tick is not None and not tick > 0:
+        raise ValueError(f"tick is {tick}: not above 0 seconds")
+    if on_tick is not None and tick is None:
+        raise ValueError("on_tick needs a tick")
+    if max_connections is not None and max_connections < 1:
+        raise ValueError(f"max_connections is {max_connections}: not 1 or more")
+    if not grace_period >= 0:
+        raise ValueError(f"grace_period is {grace_period}: not 0 seconds or more")
 
 
 class _Connections:

@@ -2,7 +2,7 @@
 
 To test a handler of your own against every fragmentation of what a client sends::
 
-    @pytest.mark.parametrize("cuts", fragmentations(len(REQUEST)))
+    @pytest.mark.parametrize("cuts", list(fragmentations(len(REQUEST))))
     async def test_fragmented(cuts):
         assert await converse(handler, REQUEST, cuts) == REPLY
 """
