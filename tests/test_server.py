@@ -10,7 +10,6 @@ import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-import attrs
 import pytest
 import trio
 import trio.testing
@@ -46,9 +45,7 @@ async def test_started_with_listeners(
             assert await echo_request(client, b"hello") == b"hello"
 
 
-async def test_started_with_a_port(
-    either_serve_tcp: Callable[..., Awaitable[object]], nursery: trio.Nursery
-) -> None:
+async def test_started_with_a_port(either_serve_tcp: Callable[..., Awaitable[object]], nursery: trio.Nursery) -> None:
     """The port that is asked for is the one that is listened on; it need not be waited for with ``start``."""
     [free] = await trio.open_tcp_listeners(0, host="127.0.0.1")
     port = free.socket.getsockname()[1]
@@ -163,7 +160,7 @@ async def test_crash(
                 raise crash
             await stream.send_all(chunk)
 
-    stats = []
+    stats: list[ServerStats] = []
     listener = MemoryListener()
     await nursery.start(
         partial(serve_listeners, handler, [listener], tick=1, on_tick=partial(note, stats)),
@@ -182,7 +179,7 @@ async def test_crash(
     assert "raise crash" in caplog.text
     assert "bug" in caplog.text
     await trio.sleep(1.5)
-    assert attrs.astuple(stats[-1])[:3] == (3, 2, 1)
+    assert (stats[-1].accepted, stats[-1].active, stats[-1].crashed) == (3, 2, 1)
 
 
 async def note(seen: list[ServerStats], stats: ServerStats) -> None:
@@ -246,8 +243,9 @@ async def test_crash_under_cancellation(
     assert cancelled == [True]
     [record] = caplog.records
     assert record.levelno == logging.ERROR
-    assert "bug" in caplog.text
-    assert "Cancelled" not in caplog.text
+    assert record.exc_info is not None
+    assert isinstance(record.exc_info[1], ExceptionGroup)
+    assert [repr(error) for error in record.exc_info[1].exceptions] == ["ValueError('bug')"]
     assert await client.receive_some() == b""
 
 
@@ -327,9 +325,7 @@ async def test_lack_of_capacity(
     assert os.strerror(code) in caplog.text
 
 
-async def test_lack_of_capacity_on_one_listener(
-    nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
-) -> None:
+async def test_lack_of_capacity_on_one_listener(nursery: trio.Nursery, autojump_clock: trio.testing.MockClock) -> None:
     """While one listener waits for capacity, connections are served, and ticks keep their schedule."""
     times: list[float] = []
     lacking = MemoryListener(*[OSError(errno.EMFILE, "too many")] * 10_000)
@@ -381,9 +377,7 @@ async def test_ticks_once_for_all_listeners(nursery: trio.Nursery, autojump_cloc
     """Ticks are the server's: they do not multiply with its listeners."""
     times: list[float] = []
     listeners = [MemoryListener() for _ in range(3)]
-    await nursery.start(
-        partial(serve_listeners, echo_handler, listeners, tick=1, on_tick=partial(note_time, times))
-    )
+    await nursery.start(partial(serve_listeners, echo_handler, listeners, tick=1, on_tick=partial(note_time, times)))
     for _ in range(35):
         for listener in listeners:
             listener.connect()
@@ -480,11 +474,8 @@ async def test_ticks_see_the_server(nursery: trio.Nursery, autojump_clock: trio.
     await trio.sleep(1)
     release.set()
     await trio.sleep(1)
-    assert stats == [
-        ServerStats(accepted=0, active=0, crashed=0, uptime=pytest.approx(1)),
-        ServerStats(accepted=4, active=3, crashed=1, uptime=pytest.approx(2)),
-        ServerStats(accepted=4, active=0, crashed=1, uptime=pytest.approx(3)),
-    ]
+    assert [(seen.accepted, seen.active, seen.crashed) for seen in stats] == [(0, 0, 0), (4, 3, 1), (4, 0, 1)]
+    assert [seen.uptime for seen in stats] == pytest.approx([1, 2, 3])
 
 
 async def test_tick_without_listening(nursery: trio.Nursery, autojump_clock: trio.testing.MockClock) -> None:

@@ -1,6 +1,7 @@
 """`receive_exactly`: exactly so many bytes, however they arrive."""
 
 import pickle
+from collections.abc import Callable
 
 import pytest
 import trio
@@ -62,7 +63,8 @@ async def test_result_is_bytes() -> None:
 
 @pytest.mark.parametrize("break_off", [stalling_stream, breaking_stream])
 async def test_nothing_needs_no_stream(
-    break_off: "type[stalling_stream]", autojump_clock: trio.testing.MockClock
+    break_off: Callable[[trio.abc.HalfCloseableStream, int], trio.abc.HalfCloseableStream],
+    autojump_clock: trio.testing.MockClock,
 ) -> None:
     """No bytes are there at once, even when the stream has no more to give."""
     _, receiver = trio.testing.memory_stream_pair()

@@ -27,7 +27,7 @@ async def deliveries(sender: Stream, receiver: Stream, sent: bytes, max_bytes: i
     await sender.send_eof()
     received = []
     while chunk := await receiver.receive_some(max_bytes):
-        received.append(chunk)
+        received.append(bytes(chunk))
     return received
 
 
@@ -113,11 +113,15 @@ async def test_breaking(max_bytes: int | None) -> None:
     """A breaking stream gives its bytes, then breaks; it still sends."""
     sender, receiver = trio.testing.memory_stream_pair()
     breaking = breaking_stream(receiver, 5)
-    await sender.send_all(b"abcdefg")
-    received = b""
-    with pytest.raises(trio.BrokenResourceError):
+    received = bytearray()
+
+    async def receive() -> None:
         while chunk := await breaking.receive_some(max_bytes):
-            received += chunk
+            received.extend(chunk)
+
+    await sender.send_all(b"abcdefg")
+    with pytest.raises(trio.BrokenResourceError):
+        await receive()
     assert received == b"abcde"
     await breaking.send_all(b"still here")
     assert await sender.receive_some() == b"still here"
