@@ -115,21 +115,20 @@ def _server_context(args: argparse.Namespace) -> ssl.SSLContext | None:
 async def _listeners(args: argparse.Namespace, accepting: contextlib.AsyncExitStack) -> list[trio.SocketListener]:
     """Open all listeners that ``args`` ask for; `accepting` is left when no new connections may come in any more."""
     listeners = []
-    where = ""
+    where = advice = ""
     try:
         for fd in [*activated_fds(), *args.fd]:
-            where = f"descriptor {fd}"
+            where, advice = f"descriptor {fd}", "it must be a listening socket that this process inherits"
             listeners.append(inherited_listener(fd))
         if args.unix is not None:
-            where = format_address(args.unix)
+            where, advice = format_address(args.unix), "choose another --unix path, or stop what listens there"
             listeners.append(accepting.enter_context(unix_listener(args.unix)))
+        advice = "choose another --host or --port, or stop what listens there"
         for host in args.host or ([] if listeners else [_HOST]):
             where = format_address((host, args.port))
             listeners += await accepting.enter_async_context(tcp_listeners(host, args.port))
     except (OSError, ValueError) as error:  # the latter for a host that cannot be a name, and no listening socket
-        raise CommandError(
-            f"cannot listen on {where}: {_reason(error)}; choose another place, or stop what listens there"
-        ) from None
+        raise CommandError(f"cannot listen on {where}: {_reason(error)}; {advice}") from None
     return listeners
 
 
@@ -222,10 +221,10 @@ async def _connected(args: argparse.Namespace) -> AsyncIterator[trio.abc.Stream]
 
 
 def _reason(error: BaseException) -> str:
-    """Why it failed: of what Trio grouped, or groups below the error that it raises, the first."""
-    cause: BaseException = error.__cause__ or error
-    while isinstance(cause, BaseExceptionGroup):
-        cause = cause.exceptions[0]
+    """Why it failed: the first cause, of errors that Trio grouped, or that it names below the one that it raises."""
+    cause = error
+    while (below := cause.exceptions[0] if isinstance(cause, BaseExceptionGroup) else cause.__cause__) is not None:
+        cause = below
     if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
         return os.strerror(cause.errno)
     return getattr(cause, "strerror", None) or str(cause)

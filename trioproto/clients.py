@@ -41,7 +41,7 @@ async def echo_dialogue(stream: trio.abc.Stream) -> None:
 async def echo_pipe(stream: trio.abc.Stream) -> None:
     """Send standard input to an echo server and write what comes back to standard output, both at once.
 
-    Done when the input has ended and as many bytes have come back. That needs no half-close, which TLS has not.
+    Done when the input has ended and as many bytes have come back; TLS has no half-close to end it otherwise.
 
     Raises:
         EOFError: if the server ended the connection before the input had ended and all of it been echoed.
@@ -57,6 +57,8 @@ async def echo_pipe(stream: trio.abc.Stream) -> None:
                     await stream.send_all(chunk)
                     sent += len(chunk)
                 input_ended = True
+                if isinstance(stream, trio.abc.HalfCloseableStream):
+                    await stream.send_eof()
                 if received == sent:
                     nursery.cancel_scope.cancel()
 

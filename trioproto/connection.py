@@ -113,7 +113,7 @@ class Connection:
             if error is not None and not timed_out and not broken:
                 return False
             if timed_out:
-                self._log_fault("timed out")
+                self._log_fault("timed out", timed_out=True)
             elif isinstance(error, trio.BrokenResourceError):
                 self._log_fault(f"broke the connection: {error.__cause__ or error}")
             if not broken and not self._client_ended:
@@ -184,9 +184,10 @@ class Connection:
         """
         await self._transport.relay(self._wait_for_room)
 
-    def _log_fault(self, fault: str) -> None:
-        # A client that leaves or falls asleep between two requests is no news.
-        level = logging.DEBUG if self._waits_for in (_NOTHING, _REQUEST) else logging.WARNING
+    def _log_fault(self, fault: str, *, timed_out: bool = False) -> None:
+        # A client that falls asleep between two requests, or breaks off, is no news.
+        news = self._waits_for in (_REST, _ROOM, _HANDSHAKE) if timed_out else self._waits_for == _HANDSHAKE
+        level = logging.WARNING if news else logging.DEBUG
         if _log.isEnabledFor(level):  # asking the kernel for the name is not for nothing
             _log.log(level, "%s, awaiting %s, %s", self.peer, self._waits_for, fault)
 
