@@ -25,8 +25,8 @@ LINGER_SECONDS = 5.0
 LINGER_SILENCE = 1.0
 LINGER_BYTES = 16 * 2**20
 
-# A client that had connected when the server began to stop, and has not sent anything yet, mostly has its first
-# request on the way. It has this many seconds, from its connecting, to get it here.
+# A client that is connected when the server begins to stop, and has not sent anything yet, mostly has its first
+# request on the way. It has this many seconds, from when it was accepted, to get it here.
 FIRST_REQUEST_GRACE = 1.0
 
 # What a connection awaits from its client, in the words of the log.
@@ -35,6 +35,20 @@ _HANDSHAKE = "a TLS handshake"
 _REQUEST = "a request"
 _REST = "the rest of a request"
 _ROOM = "room for a reply"
+
+_FAULTS = (trio.BrokenResourceError, trio.TooSlowError)
+
+
+class ClientError(trio.BrokenResourceError):
+    """The client broke the connection, or took too long.
+
+    Attributes:
+        timed_out: whether it took too long.
+    """
+
+    def __init__(self, message: str, *, timed_out: bool) -> None:
+        super().__init__(message)
+        self.timed_out = timed_out
 
 
 class Connection:
@@ -53,9 +67,9 @@ class Connection:
     Args:
         stream: the client's stream, of any kind. The connection takes charge of it.
         idle_timeout: seconds, above 0, that a client may let pass between two requests, or without taking any byte
-            of a reply. It may get a sixteenth more of it, and at most one second.
+            of a reply.
         request_timeout: seconds, above 0, that a request may take from its first byte to its last, and that a TLS
-            handshake may take. It may get a sixteenth more of it, and at most one second.
+            handshake may take.
 
     Cancellation closes the stream without ceremony, and goes on.
     """
@@ -63,13 +77,11 @@ class Connection:
     __slots__ = (
         "_accepted",
         "_client_ended",
-        "_deadline",
         "_drain",
         "_fresh",
         "_idle_timeout",
-        "_mid_request",
+        "_request_due",
         "_request_timeout",
-        "_scope",
         "_stream",
         "_transport",
         "_waits_for",
@@ -82,14 +94,11 @@ class Connection:
         self._transport = transport_for(stream)
         self._idle_timeout = idle_timeout
         self._request_timeout = request_timeout
-        self._accepted = trio.current_time()
-        # One scope for the whole conversation: to give the client more time is to move its deadline.
-        self._deadline = self._accepted + idle_timeout + _leeway(idle_timeout)
-        self._scope = trio.CancelScope(deadline=self._deadline)
+        self._request_due: float | None = None  # when the request that is partly received must be complete
         self._waits_for = _NOTHING
         self._drain = current_drain()
+        self._accepted = trio.current_time()
         self._fresh = True  # nothing was received yet
-        self._mid_request = False
         self._client_ended = False
 
     @property
@@ -98,29 +107,20 @@ class Connection:
         return peer_name(self._stream)
 
     async def __aenter__(self) -> Self:
-        self._scope.__enter__()
-        self._drain.listen(self._stop_waiting)
+        self._drain.listen(self)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        self._drain.unlisten(self._stop_waiting)
+        self._drain.unlisten(self)
         try:
-            self._scope.__exit__(kind, error, traceback)
-            timed_out = self._scope.cancelled_caught
-            broken = isinstance(error, trio.BrokenResourceError)
-            if error is not None and not timed_out and not broken:
-                return False
-            if timed_out:
-                self._log_fault("timed out", timed_out=True)
-            elif isinstance(error, trio.BrokenResourceError):
-                self._log_fault(f"broke the connection: {error.__cause__ or error}")
-            if not broken and not self._client_ended:
+            alive = error is None or (isinstance(error, ClientError) and error.timed_out)
+            if alive and not self._client_ended:
                 await _linger(self._stream)
-            return True
         finally:
             await self._transport.aclose()
+        return isinstance(error, ClientError)
 
     async def exchange(self, reply: bytes, *, mid_request: bool = False) -> bytes:
         """Send ``reply``, then receive what the client sends next.
@@ -130,95 +130,97 @@ class Connection:
 
         Args:
             reply: bytes that the client is owed; none if there are none.
-            mid_request: whether the client is in the middle of a request, and not between two. A reply tells that
-                this is another request than before.
+            mid_request: whether the client is in the middle of a request, and not between two. With a reply, it is
+                another request than before.
 
         Returns:
             The next bytes as they arrive, at most `RECEIVE_SIZE` of them; ``b""`` when there will be no more: the
             client has sent its last, or the server stops.
 
         Raises:
-            trio.BrokenResourceError: if the client broke the connection. The handler lets it pass; the block
+            ClientError: if the client broke the connection, or took too long. The handler lets it pass; the block
                 around the conversation ends on it.
 
         On cancellation, part of the reply may have been sent.
         """
-        if self._fresh and isinstance(self._stream, trio.SSLStream):
-            self._allow(self._request_timeout, _HANDSHAKE)
-            await self._stream.do_handshake()
-        if reply:
-            await self._transport.send_all(reply, self._wait_for_room)
-        if not mid_request:
-            self._allow(self._idle_timeout, _REQUEST)
-            if self._drain.began:
-                self._stop_waiting()
-        elif reply or not self._mid_request:
-            self._allow(self._request_timeout, _REST)
-        else:
-            self._waits_for = _REST
-        self._mid_request = mid_request
-        received = await self._transport.receive()
+        try:
+            if self._fresh and isinstance(self._stream, trio.SSLStream):
+                self._waits_for = _HANDSHAKE
+                with trio.fail_after(self._request_timeout):
+                    await self._stream.do_handshake()
+            if reply:
+                self._waits_for = _ROOM
+                await self._transport.send_all(reply, self._idle_timeout)
+            self._waits_for = _REST if mid_request else _REQUEST
+            received = await self._transport.receive(self._patience(mid_request=mid_request, another=bool(reply)))
+        except _FAULTS as error:
+            raise self._fault(error) from error
+        if received is None:
+            if self._drain.began and not mid_request:
+                return b""
+            raise self._fault(trio.TooSlowError())
         self._waits_for = _NOTHING
         self._fresh = False
-        self._client_ended = received == b""
-        return received or b""
+        self._client_ended = not received
+        return received
 
     async def send(self, reply: bytes) -> None:
         """Send ``reply``, whole.
 
         Raises:
-            trio.BrokenResourceError: as `exchange` does.
+            ClientError: as `exchange` does.
 
         On cancellation, part of it may have been sent.
         """
-        await self._transport.send_all(reply, self._wait_for_room)
+        self._waits_for = _ROOM
+        try:
+            await self._transport.send_all(reply, self._idle_timeout)
+        except _FAULTS as error:
+            raise self._fault(error) from error
         await trio.lowlevel.checkpoint()
 
     async def relay(self) -> None:
         """Send back what has arrived, unseen, as long as more of it is there; do nothing where the system cannot.
 
         Raises:
-            trio.BrokenResourceError: as `exchange` does.
+            ClientError: as `exchange` does.
 
         On cancellation, bytes may be lost on their way through.
         """
-        await self._transport.relay(self._wait_for_room)
+        self._waits_for = _ROOM
+        try:
+            await self._transport.relay(self._idle_timeout)
+        except _FAULTS as error:
+            raise self._fault(error) from error
 
-    def _log_fault(self, fault: str, *, timed_out: bool = False) -> None:
+    def stop_waiting(self) -> None:
+        """Wait for a next request no longer, as the server stops. Its `Drain` calls this."""
+        if self._waits_for == _REQUEST:
+            self._transport.hurry(self._last_call())
+
+    def _patience(self, *, mid_request: bool, another: bool) -> float:
+        """How many seconds the client has, counted from now."""
+        if not mid_request:
+            self._request_due = None
+            return self._last_call() if self._drain.began else self._idle_timeout
+        now = trio.current_time()
+        if self._request_due is None or another:
+            self._request_due = now + self._request_timeout
+        return max(0.0, self._request_due - now)
+
+    def _last_call(self) -> float:
+        """How many seconds there are in a stop for a request to arrive: none, except for a client's first."""
+        return max(0.0, self._accepted + FIRST_REQUEST_GRACE - trio.current_time()) if self._fresh else 0.0
+
+    def _fault(self, error: Exception) -> ClientError:
+        timed_out = isinstance(error, trio.TooSlowError)
+        fault = "timed out" if timed_out else f"broke the connection: {error.__cause__ or error}"
         # A client that falls asleep between two requests, or breaks off, is no news.
-        news = self._waits_for in (_REST, _ROOM, _HANDSHAKE) if timed_out else self._waits_for == _HANDSHAKE
-        level = logging.WARNING if news else logging.DEBUG
+        news = (_HANDSHAKE, _REST, _ROOM) if timed_out else (_HANDSHAKE,)
+        level = logging.WARNING if self._waits_for in news else logging.DEBUG
         if _log.isEnabledFor(level):  # asking the kernel for the name is not for nothing
             _log.log(level, "%s, awaiting %s, %s", self.peer, self._waits_for, fault)
-
-    def _wait_for_room(self) -> None:
-        self._allow(self._idle_timeout, _ROOM)
-
-    def _allow(self, seconds: float, waits_for: str) -> None:
-        """Give the client ``seconds`` from now, or up to a sixteenth more.
-
-        Moving a deadline costs as much as a request does. So it is moved a little too far, and then stays where it
-        is until that little has passed.
-        """
-        self._waits_for = waits_for
-        deadline = trio.current_time() + seconds
-        latest = deadline + _leeway(seconds)
-        if not deadline <= self._deadline <= latest:
-            self._deadline = self._scope.deadline = latest
-
-    def _stop_waiting(self) -> None:
-        """The server stops: end the wait for a request, if there is one."""
-        if self._waits_for != _REQUEST:
-            return
-        first_request_due = self._accepted + FIRST_REQUEST_GRACE
-        if self._fresh and trio.current_time() < first_request_due:
-            self._deadline = self._scope.deadline = first_request_due
-        else:
-            self._transport.interrupt()
-
-
-def _leeway(seconds: float) -> float:
-    return min(seconds / 16, 1.0)
+        return ClientError(fault, timed_out=timed_out)
 
 
 async def _linger(stream: trio.abc.Stream) -> None:

@@ -6,8 +6,16 @@ that begins. Under a server that announces none, it never does.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Protocol
+
+
+class Waiter(Protocol):
+    """Who may be waiting for a request when a stop begins."""
+
+    def stop_waiting(self) -> None:
+        """End the wait, if there is one."""
 
 
 class Drain:
@@ -19,21 +27,21 @@ class Drain:
 
     def __init__(self) -> None:
         self.began = False
-        self._listening: set[Callable[[], object]] = set()
+        self._waiters: set[Waiter] = set()
 
     def begin(self) -> None:
         """Begin to stop, and tell everybody who listens."""
         self.began = True
-        for tell in tuple(self._listening):
-            tell()
+        for waiter in tuple(self._waiters):
+            waiter.stop_waiting()
 
-    def listen(self, tell: Callable[[], object]) -> None:
-        """Have ``tell()`` called when the stop begins, unless it began before."""
-        self._listening.add(tell)
+    def listen(self, waiter: Waiter) -> None:
+        """Have ``waiter.stop_waiting()`` called when the stop begins, unless it began before."""
+        self._waiters.add(waiter)
 
-    def unlisten(self, tell: Callable[[], object]) -> None:
+    def unlisten(self, waiter: Waiter) -> None:
         """Take back `listen`."""
-        self._listening.discard(tell)
+        self._waiters.discard(waiter)
 
 
 _current: ContextVar[Drain] = ContextVar("trioproto_drain", default=Drain())  # noqa: B039 - nobody begins that one

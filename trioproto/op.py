@@ -173,6 +173,8 @@ class OpConnection:
         malformed: why there can be no further request, or None as long as there can.
     """
 
+    __slots__ = ("malformed", "unfinished")
+
     def __init__(self) -> None:
         self.unfinished = b""
         self.malformed: str | None = None

@@ -1,21 +1,20 @@
 """A stream's bytes in and out, for a server: the seam behind which the fast way differs from the plain one.
 
 `transport_for` picks the way. The plain one is any stream's own ``send_all`` and ``receive_some``. The fast one is for
-sockets: what the kernel takes at once is sent without a pass through the scheduler, and bulk is moved inside the
-kernel (splice(2)). Both do the same, `trio.lowlevel` included only what Trio documents.
+sockets: what the kernel takes or has at once moves with a direct call, and only what has to wait goes through Trio's
+waiting; bulk is moved inside the kernel (splice(2)).
 """
 
 import errno
 import os
-from collections.abc import Callable
 from typing import Protocol
 
 import trio
 
 from trioproto.streams import RECEIVE_SIZE
 
-# How long a stream that is no socket is given, once interrupted, to hand over what has already arrived. That takes a
-# pass or two through the scheduler, and no time.
+# How long a stream that is no socket is given, at the least, to hand over what has already arrived. That takes a pass
+# or two through the scheduler, and no time.
 LAST_LOOK = 0.01
 
 # How long a stream that is no socket may take to close before it is closed by force.
@@ -26,42 +25,44 @@ RELAY_SIZE = 65536
 
 
 class Transport(Protocol):
-    """What `transport_for` returns."""
+    """What `transport_for` returns. Cancellation may leave part of something sent, and closes nothing."""
 
-    async def send_all(self, data: bytes, progress: Callable[[], object]) -> None:
+    async def send_all(self, data: bytes, patience: float) -> None:
         """Send ``data``, whole. No checkpoint, if the kernel takes all of it at once.
 
         Args:
             data: what to send.
-            progress: called before each wait for room in the kernel's buffer, as far as such waits can be seen.
+            patience: seconds to wait for the peer to make room. A socket starts anew with each byte that the peer
+                takes; any other stream has them for all of ``data``, because it does not tell.
 
         Raises:
+            trio.TooSlowError: if the peer lets them pass.
             trio.BrokenResourceError: if the connection is broken.
         """
 
-    async def receive(self) -> bytes | None:
+    async def receive(self, patience: float) -> bytes | None:
         """Wait for bytes, and return what has arrived, at most `RECEIVE_SIZE`. Always a checkpoint.
 
+        Args:
+            patience: seconds to wait; with 0, only what has arrived already is returned.
+
         Returns:
-            ``b""`` at the end of the stream; None if `interrupt` was called and nothing has arrived.
+            ``b""`` at the end of the stream; None if nothing arrives in time.
 
         Raises:
             trio.BrokenResourceError: if the connection is broken.
         """
 
-    def interrupt(self) -> None:
-        """Have the `receive` that waits now, and those from now on, return None instead of waiting."""
+    def hurry(self, patience: float) -> None:
+        """Give a `receive` that is waiting now ``patience`` seconds more, and no longer."""
 
-    async def relay(self, progress: Callable[[], object]) -> None:
+    async def relay(self, patience: float) -> None:
         """Send back what has arrived, unseen, until nothing more is there; or do nothing, if the system cannot.
 
         A checkpoint for each `RELAY_SIZE` bytes.
 
         Args:
-            progress: called before each wait for room in the kernel's buffer.
-
-        Raises:
-            trio.BrokenResourceError: if the connection is broken.
+            patience: as for `send_all`, which this raises the same as.
         """
 
     async def aclose(self) -> None:
@@ -78,30 +79,26 @@ def transport_for(stream: trio.abc.Stream) -> Transport:
 class StreamTransport:
     """The plain way, for any stream."""
 
-    __slots__ = ("_interrupted", "_stream", "_waiting")
+    __slots__ = ("_stream", "_waiting")
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
-        self._interrupted = False
         self._waiting: trio.CancelScope | None = None
 
-    async def send_all(self, data: bytes, progress: Callable[[], object]) -> None:
-        progress()
-        await self._stream.send_all(data)
+    async def send_all(self, data: bytes, patience: float) -> None:
+        with trio.fail_after(patience):
+            await self._stream.send_all(data)
 
-    async def receive(self) -> bytes | None:
-        with trio.CancelScope() as self._waiting:
-            if self._interrupted:
-                self.interrupt()
+    async def receive(self, patience: float) -> bytes | None:
+        with trio.move_on_after(max(patience, LAST_LOOK)) as self._waiting:
             return bytes(await self._stream.receive_some(RECEIVE_SIZE))
         return None
 
-    def interrupt(self) -> None:
-        self._interrupted = True
+    def hurry(self, patience: float) -> None:
         if self._waiting is not None:
-            self._waiting.deadline = trio.current_time() + LAST_LOOK
+            self._waiting.deadline = trio.current_time() + max(patience, LAST_LOOK)
 
-    async def relay(self, progress: Callable[[], object]) -> None:  # noqa: ARG002 - the interface's
+    async def relay(self, patience: float) -> None:  # noqa: ARG002 - the interface's
         await trio.lowlevel.checkpoint()
 
     async def aclose(self) -> None:
@@ -117,90 +114,86 @@ class SocketTransport:
     Trio's. The descriptor is asked for anew each time: it is -1 as soon as somebody has closed the stream.
     """
 
-    __slots__ = ("_fileno", "_interrupted", "_stream")
+    __slots__ = ("_patience", "_socket", "_waiting")
 
     def __init__(self, stream: trio.SocketStream) -> None:
-        self._stream = stream
-        self._fileno = stream.socket.fileno
-        self._interrupted = False
+        self._socket = stream.socket
+        self._patience = 0.0
+        self._waiting: trio.CancelScope | None = None
 
-    async def send_all(self, data: bytes, progress: Callable[[], object]) -> None:
+    async def send_all(self, data: bytes, patience: float) -> None:
         sent = self._send_some(data)
         while sent < len(data):
-            progress()
-            await trio.lowlevel.wait_writable(self._fileno())
+            await self._wait_for_room(patience)
             data = data[sent:]
             sent = self._send_some(data)
 
     def _send_some(self, data: bytes) -> int:
         try:
-            return os.write(self._fileno(), data)
+            return os.write(self._socket.fileno(), data)
         except BlockingIOError:
             return 0
         except OSError as error:
             raise _stream_error(error) from error
 
-    async def receive(self) -> bytes | None:
+    async def receive(self, patience: float) -> bytes | None:
         # One pass through the scheduler, in which the others have their turns. On a busy server the next bytes have
-        # mostly arrived by then, and nothing needs to be registered with the kernel to wait for them.
+        # mostly arrived by then, and there is nothing to wait for, which saves telling Trio and the kernel about it.
+        self._patience = patience
         await trio.lowlevel.checkpoint()
+        in_time = True
         while True:
             try:
-                return os.read(self._fileno(), RECEIVE_SIZE)
+                return os.read(self._socket.fileno(), RECEIVE_SIZE)
             except BlockingIOError:
-                if self._interrupted:
+                if not in_time:
                     return None
             except OSError as error:
                 raise _stream_error(error) from error
-            try:
-                await trio.lowlevel.wait_readable(self._fileno())
-            except trio.ClosedResourceError:
-                if not self._interrupted:
-                    raise
+            with trio.move_on_after(self._patience) as self._waiting:
+                await trio.lowlevel.wait_readable(self._socket)
+            in_time = not self._waiting.cancelled_caught
+            self._waiting = None
 
-    def interrupt(self) -> None:
-        self._interrupted = True
-        # Wakes the task that waits in `receive`, if one does. Nothing is closed: the socket can be waited for again.
-        trio.lowlevel.notify_closing(self._fileno())
+    def hurry(self, patience: float) -> None:
+        self._patience = patience
+        if self._waiting is not None:
+            self._waiting.deadline = trio.current_time() + patience
 
-    async def relay(self, progress: Callable[[], object]) -> None:
-        if not hasattr(os, "splice"):
-            await trio.lowlevel.checkpoint()
-            return
+    async def relay(self, patience: float) -> None:
         try:
-            pipe_out, pipe_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:  # No descriptors left. There is the plain way.
+            outlet, inlet = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        except (AttributeError, OSError):  # not Linux, or no descriptors left; there is the plain way
             await trio.lowlevel.checkpoint()
             return
         try:
             moved = 1
             while moved:
                 await trio.lowlevel.checkpoint()
-                moved = held = self._splice(self._fileno(), pipe_in, RELAY_SIZE)
+                moved = held = self._splice(self._socket.fileno(), inlet)
                 while held:
-                    sent = self._splice(pipe_out, self._fileno(), held)
-                    held -= sent
+                    held -= self._splice(outlet, self._socket.fileno())
                     if held:
-                        progress()
-                        await trio.lowlevel.wait_writable(self._fileno())
+                        await self._wait_for_room(patience)
         finally:
-            os.close(pipe_out)
-            os.close(pipe_in)
+            os.close(outlet)
+            os.close(inlet)
 
-    def _splice(self, source: int, target: int, count: int) -> int:
-        """Move up to ``count`` bytes; 0 at the end of the stream, and if nothing can be moved now."""
+    def _splice(self, source: int, target: int) -> int:
+        """Move what can be moved now, up to `RELAY_SIZE` bytes; none, too, at the end of the stream."""
         try:
-            return os.splice(source, target, count)
+            return os.splice(source, target, RELAY_SIZE)
         except BlockingIOError:
             return 0
         except OSError as error:
             raise _stream_error(error) from error
 
+    async def _wait_for_room(self, patience: float) -> None:
+        with trio.fail_after(patience):
+            await trio.lowlevel.wait_writable(self._socket)
+
     async def aclose(self) -> None:
-        # Without telling Trio's waiters, for the only one that there may be is here: that saves a call to the kernel.
-        fd = self._stream.socket.detach()
-        if fd != -1:
-            os.close(fd)
+        self._socket.close()
 
 
 def _stream_error(error: OSError) -> Exception:
