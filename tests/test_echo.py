@@ -125,7 +125,7 @@ async def test_request_of_nothing() -> None:
     assert await echo_request(client, b"") == b""
 
 
-async def test_request_to_server_that_ends() -> None:
+async def test_request_to_server_that_ends(autojump_clock: trio.testing.MockClock) -> None:
     """If the server ends the connection before all is echoed, the error itself is raised, not a group."""
     client, served = trio.testing.lockstep_stream_pair()
 
@@ -135,7 +135,7 @@ async def test_request_to_server_that_ends() -> None:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(serve)
-        with pytest.raises(IncompleteReadError) as caught:
+        with trio.fail_after(1), pytest.raises(IncompleteReadError) as caught:
             await echo_request(client, b"message")
     assert (caught.value.partial, caught.value.expected) == (b"mess", 7)
 

@@ -515,19 +515,19 @@ async def test_tick_of_serve_tcp(nursery: trio.Nursery) -> None:
 
 
 @pytest.mark.parametrize("tick", [0, -1, math.nan, -math.inf])
-async def test_impossible_tick(tick: float) -> None:
+async def test_impossible_tick(tick: float, autojump_clock: trio.testing.MockClock) -> None:
     """A tick is above 0 seconds."""
-    with pytest.raises(ValueError, match="tick"):
+    with trio.fail_after(1), pytest.raises(ValueError, match="tick"):
         await serve_listeners(echo_handler, [MemoryListener()], tick=tick)
 
 
-async def test_on_tick_without_tick() -> None:
+async def test_on_tick_without_tick(autojump_clock: trio.testing.MockClock) -> None:
     """``on_tick`` would never be called without a tick; that is taken for a mistake."""
-    with pytest.raises(ValueError, match="tick"):
+    with trio.fail_after(1), pytest.raises(ValueError, match="tick"):
         await serve_listeners(echo_handler, [MemoryListener()], on_tick=partial(note, []))
 
 
 async def test_wrong_arguments_of_serve_tcp() -> None:
     """Wrong arguments leave no listening socket behind."""
-    with pytest.raises(ValueError, match="tick"):
+    with trio.fail_after(1), pytest.raises(ValueError, match="tick"):
         await serve_tcp(echo_handler, 0, host="127.0.0.1", tick=0)
