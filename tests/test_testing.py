@@ -176,7 +176,8 @@ async def test_converse_with_a_hasty_handler() -> None:
         await stream.aclose()
 
     assert await converse(refuse, b"hello") == b"not today"
-    assert await converse(close, b"hello") == b""
+    for _ in range(50):  # whether the client has sent by then is up to Trio's scheduler
+        assert await converse(close, b"hello") == b""
 
 
 async def test_converse_with_a_handler_that_fails() -> None:
