@@ -162,3 +162,11 @@ async def test_request_cancelled(autojump_clock: trio.testing.MockClock) -> None
     with trio.move_on_after(1) as scope:
         await echo_request(client, b"message")
     assert scope.cancelled_caught
+
+
+async def test_request_on_a_closed_stream() -> None:
+    """A request on a stream that is closed fails with that error itself, not with a group around it."""
+    client, _ = trio.testing.memory_stream_pair()
+    await client.aclose()
+    with pytest.raises(trio.ClosedResourceError):
+        await echo_request(client, b"message")

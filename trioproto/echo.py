@@ -5,6 +5,8 @@ import trio
 from trioproto.connection import Connection
 from trioproto.streams import RECEIVE_SIZE, IncompleteReadError, receive_exactly
 
+_FAILURES = (IncompleteReadError, trio.BrokenResourceError, trio.ClosedResourceError)
+
 
 async def echo_handler(stream: trio.abc.Stream, *, idle_timeout: float = 300.0, request_timeout: float = 30.0) -> None:
     """Serve one echo connection until the client ends it.
@@ -44,10 +46,11 @@ async def echo_request(stream: trio.abc.Stream, message: bytes) -> bytes:
     Raises:
         IncompleteReadError: if the server ends the connection first.
         trio.BrokenResourceError: if the connection breaks first.
+        trio.ClosedResourceError: if ``stream`` is closed.
 
     On cancellation, the stream is left in the middle of a message and of no more use than to be closed.
     """
-    failure: IncompleteReadError | trio.BrokenResourceError | None = None
+    failure: Exception | None = None
 
     async with trio.open_nursery() as nursery:
 
@@ -55,14 +58,14 @@ async def echo_request(stream: trio.abc.Stream, message: bytes) -> bytes:
             nonlocal failure
             try:
                 await stream.send_all(message)
-            except trio.BrokenResourceError as error:
+            except _FAILURES as error:
                 failure = failure or error
                 nursery.cancel_scope.cancel()
 
         nursery.start_soon(send)
         try:
             received = await receive_exactly(stream, len(message))
-        except (IncompleteReadError, trio.BrokenResourceError) as error:
+        except _FAILURES as error:
             failure = failure or error
             nursery.cancel_scope.cancel()
 
