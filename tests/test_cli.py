@@ -42,10 +42,10 @@ from trioproto.cli import main
 sys.exit(main())
 """
 
-# What runs on a disk that is full after 1 MiB.
+# What runs on a disk that is full after all but 1 byte of 1 MiB.
 WITH_SMALL_FILES = """
 import os, resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**20 - 1, 2**20 - 1))
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 
@@ -514,7 +514,7 @@ def test_standard_output_nobody_reads(op_port: str) -> None:
 
 def test_disk_full(echo_port: str, much: Path) -> None:
     """Standard output that takes all but the last byte is a failure."""
-    os.truncate(much, 2**20 + 1)
+    os.truncate(much, 2**20)
     words = [sys.executable, "-c", WITH_SMALL_FILES, *command("echo-client", "--port", echo_port, "--stdin")[1:]]
     copy = much.with_name("copy")
     with (
@@ -523,7 +523,7 @@ def test_disk_full(echo_port: str, much: Path) -> None:
         running(words, stdin=stdin, stdout=stdout) as client,
     ):
         assert "File too large" in failure(finish(client))
-    assert copy.read_bytes() == MUCH[: 2**20]
+    assert copy.read_bytes() == MUCH[: 2**20 - 1]
 
 
 def test_standard_input_that_cannot_be_read(echo_port: str) -> None:
