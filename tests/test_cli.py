@@ -471,7 +471,7 @@ def bar_of(words: list[str | bytes], file: Path) -> bytes:
     """Copy ``file`` through a client, and return what the terminal on standard error shows meanwhile."""
     copy = file.with_name("copy")
     person, terminal = pty.openpty()
-    termios.tcsetwinsize(terminal, (25, 80))
+    termios.tcsetwinsize(terminal, (25, 80))  # a new one has no columns, and there is no bar in none
     try:
         with (
             file.open("rb") as stdin,
