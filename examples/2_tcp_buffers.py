@@ -230,7 +230,7 @@ def _compare(received: bytes | bytearray, sent: int) -> str:
 
 def _list(sizes: list[int]) -> str:
     shown = ", ".join(str(size) for size in sizes[:3])
-    return shown + (", …" if len(sizes) > 3 else "")  # noqa: PLR2004 - as many as fit on the line
+    return shown + (", …" if len(sizes) > 3 else "")  # as many as fit on the line
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def _is_closed(segments: Sequence[Segment]) -> bool:
         if "FIN" in end.flags
         and any(segment.ack == end.end for segment in segments if segment.from_client != end.from_client)
     ]
-    return len(acknowledged_ends) == 2  # noqa: PLR2004 - one from each side
+    return len(acknowledged_ends) == 2  # one from each side
 
 
 def explain(segment: Segment, before: Sequence[Segment]) -> str:
