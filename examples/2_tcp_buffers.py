@@ -1,8 +1,8 @@
 """Where the bytes lie: TCP's buffers, observed on loopback.
 
 Sending only moves bytes into the socket's output buffer in the kernel, and receiving takes them out of the input
-buffer of the other socket. When they travel from one to the other is TCP's business. Every number that this prints
-was asked of the kernel at that moment: ioctls SIOCOUTQ and SIOCINQ, socket options, TCP_INFO (tcp(7), Linux).
+buffer of the other socket. When they travel from one to the other is TCP's business. Every number that this prints is
+counted, or asked of the kernel at that moment: ioctls SIOCOUTQ and SIOCINQ, socket options, TCP_INFO (tcp(7), Linux).
 
 Run it::
 
