@@ -13,6 +13,7 @@ Look for the acknowledgements: often explained as ACK = SEQ + bytes + 1. What TC
 one is there for a SYN or a FIN only, which count like one byte (RFC 9293, section 3.4).
 """
 
+import contextlib
 import functools
 import socket
 import struct
@@ -101,7 +102,8 @@ async def capture() -> list[Segment]:
         # those that arrive (packet(7)).
         await packets.bind(("lo", ETH_P_IP))
         packets.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-        packets.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 2**23)  # loopback may be busy with others' packets
+        with contextlib.suppress(PermissionError):  # a root without this right, as in a container, does without
+            packets.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 2**23)  # loopback may be busy with others' packets
         async with trio.open_nursery() as nursery:
             serve = functools.partial(serve_tcp, op_handler, 0, host="127.0.0.1")
             (listener,) = await nursery.start(serve)
@@ -292,4 +294,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.platform != "linux":
+        sys.exit("3_conversation.py: packet sockets are Linux's: run it there")
     main()
