@@ -227,9 +227,10 @@ async def _linger(stream: trio.abc.Stream) -> None:
     """End ``stream`` such that replies already sent are not destroyed on their way.
 
     Closing a socket that holds bytes nobody has received, or that is sent more later, makes the kernel send a
-    reset (RFC 1122, section 4.2.2.13), and a reset makes the client's kernel throw away replies that its program
-    has not read yet. So we send end of stream, and take in and discard what still comes until the client has seen
-    it and ends its side too; for a bounded time and amount, as nobody may keep us here.
+    reset (RFC 1122, section 4.2.2.13), in place of what still lies in its output buffer; and some systems that get
+    a reset throw away what has arrived and is not read yet. So we send end of stream, and take in and discard what
+    still comes until the client has seen it and ends its side too; for a bounded time and amount, as nobody may keep
+    us here.
 
     What the client does meanwhile is no fault any more.
     """
