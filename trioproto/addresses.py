@@ -1,4 +1,6 @@
-"""How a socket's address is written: in log lines, and in the line that says where a server listens."""
+"""How a socket's address is written, and why connecting to one failed: in log lines and in messages."""
+
+import os
 
 import trio
 
@@ -35,3 +37,18 @@ def peer_name(stream: trio.abc.Stream) -> str:
         return format_address(stream.socket.getpeername())
     except OSError:
         return "a peer that is gone"
+
+
+def failure_reason(error: BaseException) -> str:
+    """Say in the system's words why connecting failed, or a connection broke.
+
+    Args:
+        error: what Trio raised: the first cause of it counts, through the groups that Trio makes and the errors that
+            it names below the one that it raises.
+    """
+    cause = error
+    while (below := cause.exceptions[0] if isinstance(cause, BaseExceptionGroup) else cause.__cause__) is not None:
+        cause = below
+    if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
+        return os.strerror(cause.errno)
+    return getattr(cause, "strerror", None) or str(cause)

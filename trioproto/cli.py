@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import functools
 import logging
-import math
 import os
 import signal
 import ssl
@@ -14,7 +13,10 @@ from collections.abc import AsyncIterator, Sequence
 import trio
 
 from trioproto import __version__
-from trioproto.addresses import format_address
+from trioproto.addresses import failure_reason, format_address
+from trioproto.arguments import HOST, PORTS, CommandError, count, descriptor, port, seconds
+from trioproto.bench import BenchError
+from trioproto.cli_bench import add_bench
 from trioproto.clients import echo_dialogue, echo_messages, echo_pipe, op_answer, op_dialogue
 from trioproto.echo import echo_handler
 from trioproto.listeners import activated_fds, inherited_listener, tcp_listeners, unix_listener
@@ -27,12 +29,7 @@ from trioproto.workers import supervise_workers
 _log = logging.getLogger("trioproto")
 
 _HANDLERS = {"echo": echo_handler, "op": op_handler}
-_PORTS = {"echo": 9190, "op": 9191}
 _OPERATOR_NAMES = {"add": "+", "sub": "-", "mul": "*"}
-
-
-class CommandError(Exception):
-    """What ends a command with exit status 1: one line that says what to do."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = 0
     try:
         trio.run(args.run, args)
-    except* CommandError as group:
+    except* (CommandError, BenchError) as group:
         # However deep the nursery was in which it happened, one line is enough.
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):
@@ -109,7 +106,7 @@ def _server_context(args: argparse.Namespace) -> ssl.SSLContext | None:
     try:
         return server_context(args.tls_cert, args.tls_key, args.tls_client_ca)
     except OSError as error:
-        raise CommandError(_TLS_ADVICE.format(_reason(error))) from None
+        raise CommandError(_TLS_ADVICE.format(failure_reason(error))) from None
 
 
 async def _listeners(args: argparse.Namespace, accepting: contextlib.AsyncExitStack) -> list[trio.SocketListener]:
@@ -124,11 +121,11 @@ async def _listeners(args: argparse.Namespace, accepting: contextlib.AsyncExitSt
             where, advice = format_address(args.unix), "choose another --unix path, or stop what listens there"
             listeners.append(accepting.enter_context(unix_listener(args.unix)))
         advice = "choose another --host or --port, or stop what listens there"
-        for host in args.host or ([] if listeners else [_HOST]):
+        for host in args.host or ([] if listeners else [HOST]):
             where = format_address((host, args.port))
             listeners += await accepting.enter_async_context(tcp_listeners(host, args.port))
     except (OSError, ValueError) as error:  # the latter for a host that cannot be a name, and no listening socket
-        raise CommandError(f"cannot listen on {where}: {_reason(error)}; {advice}") from None
+        raise CommandError(f"cannot listen on {where}: {failure_reason(error)}; {advice}") from None
     return listeners
 
 
@@ -197,7 +194,7 @@ async def _connected(args: argparse.Namespace) -> AsyncIterator[trio.abc.Stream]
         tcp = await trio.open_tcp_stream(args.host, args.port)
     except (OSError, UnicodeError) as error:
         raise CommandError(
-            f"cannot connect to {where}: {_reason(error)}; if no server runs there, start one: "
+            f"cannot connect to {where}: {failure_reason(error)}; if no server runs there, start one: "
             f"python -m trioproto {args.protocol} --host {args.host} --port {args.port}"
         ) from None
     stream: trio.abc.Stream = tcp
@@ -205,64 +202,28 @@ async def _connected(args: argparse.Namespace) -> AsyncIterator[trio.abc.Stream]
         try:
             context = client_context(args.tls_ca, args.tls_cert, args.tls_key)
         except OSError as error:
-            raise CommandError(_TLS_ADVICE.format(_reason(error))) from None
+            raise CommandError(_TLS_ADVICE.format(failure_reason(error))) from None
         stream = trio.SSLStream(tcp, context, server_hostname=args.host)
     async with stream:
         try:
             yield stream
         except* EOFError as group:
-            raise CommandError(f"{where} ended the connection: {_reason(group)}; look at the server's log") from None
+            raise CommandError(
+                f"{where} ended the connection: {failure_reason(group)}; look at the server's log"
+            ) from None
         except* trio.BrokenResourceError as group:
-            raise CommandError(f"the connection to {where} broke: {_reason(group)}; look at the server's log") from None
+            raise CommandError(
+                f"the connection to {where} broke: {failure_reason(group)}; look at the server's log"
+            ) from None
         except* BrokenPipeError:
             raise CommandError("nobody reads standard output any more") from None
         except* OSError as group:  # The stream raises none (trio.abc.Stream).
-            raise CommandError(f"standard input or output failed: {_reason(group)}") from None
+            raise CommandError(f"standard input or output failed: {failure_reason(group)}") from None
 
 
-def _reason(error: BaseException) -> str:
-    """Why it failed: the first cause, of errors that Trio grouped, or that it names below the one that it raises."""
-    cause = error
-    while (below := cause.exceptions[0] if isinstance(cause, BaseExceptionGroup) else cause.__cause__) is not None:
-        cause = below
-    if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
-        return os.strerror(cause.errno)
-    return getattr(cause, "strerror", None) or str(cause)
-
-
-_MAX_PORT = 0xFFFF
-_HOST = "127.0.0.1"
 _TLS_ADVICE = (
     "cannot use the TLS files: {}; they must be PEM files that this user may read, the key that of the certificate"
 )
-
-
-def _port(text: str) -> int:
-    with contextlib.suppress(ValueError):
-        if 0 <= (port := int(text)) <= _MAX_PORT:
-            return port
-    raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to {_MAX_PORT}")
-
-
-def _seconds(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < (seconds := float(text)) < math.inf:
-            return seconds
-    raise argparse.ArgumentTypeError(f"{text!r} is not a time in seconds, above 0")
-
-
-def _count(text: str) -> int:
-    with contextlib.suppress(ValueError):
-        if (count := int(text)) >= 1:
-            return count
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number, 1 or more")
-
-
-def _descriptor(text: str) -> int:
-    with contextlib.suppress(ValueError):
-        if (fd := int(text)) >= 0:
-            return fd
-    raise argparse.ArgumentTypeError(f"{text!r} is not a file descriptor, 0 or more")
 
 
 def _integer(text: str) -> int:
@@ -354,6 +315,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OPERAND ... OPERATOR",
         help="1 to 255 operands in int32, then + - * or add sub mul; none: ask for them",
     )
+    add_bench(commands)
     return parser
 
 
@@ -388,13 +350,13 @@ def _check_tls_options(parser: argparse.ArgumentParser, options: dict[str, objec
 def _add_server_options(command: argparse.ArgumentParser, protocol: str) -> None:
     where = command.add_argument_group("where it listens")
     where.add_argument(
-        "--host", action="append", metavar="HOST", help=f"name or address; may be repeated (default: {_HOST})"
+        "--host", action="append", metavar="HOST", help=f"name or address; may be repeated (default: {HOST})"
     )
-    where.add_argument("--port", type=_port, default=_PORTS[protocol], help="0 picks a free one (default: %(default)s)")
+    where.add_argument("--port", type=port, default=PORTS[protocol], help="0 picks a free one (default: %(default)s)")
     where.add_argument("--unix", metavar="PATH", help="a UNIX socket that only this user may connect to")
     where.add_argument(
         "--fd",
-        type=_descriptor,
+        type=descriptor,
         action="append",
         default=[],
         metavar="N",
@@ -403,28 +365,28 @@ def _add_server_options(command: argparse.ArgumentParser, protocol: str) -> None
     limits = command.add_argument_group("limits")
     limits.add_argument(
         "--max-connections",
-        type=_count,
+        type=count,
         default=1000,
         metavar="N",
         help="how many are served at once; more wait in the kernel's queue (default: %(default)s)",
     )
     limits.add_argument(
         "--idle-timeout",
-        type=_seconds,
+        type=seconds,
         default=300.0,
         metavar="SECONDS",
         help="between two requests, or for a client that takes no reply (default: %(default)s)",
     )
     limits.add_argument(
         "--request-timeout",
-        type=_seconds,
+        type=seconds,
         default=30.0,
         metavar="SECONDS",
         help="from a request's first byte to its last, and for a TLS handshake (default: %(default)s)",
     )
     limits.add_argument(
         "--grace",
-        type=_seconds,
+        type=seconds,
         default=10.0,
         metavar="SECONDS",
         help="after SIGTERM or SIGINT, for requests that are under way (default: %(default)s)",
@@ -434,15 +396,15 @@ def _add_server_options(command: argparse.ArgumentParser, protocol: str) -> None
     tls.add_argument("--tls-key", metavar="FILE", help="its private key, if not in the same file")
     tls.add_argument("--tls-client-ca", metavar="FILE", help="serve only clients with a certificate signed by these")
     command.add_argument(
-        "--workers", type=_count, default=1, metavar="N", help="processes that share the work (default: %(default)s)"
+        "--workers", type=count, default=1, metavar="N", help="processes that share the work (default: %(default)s)"
     )
-    command.add_argument("--tick", type=_seconds, metavar="SECONDS", help="log a line of statistics this often")
+    command.add_argument("--tick", type=seconds, metavar="SECONDS", help="log a line of statistics this often")
     command.add_argument("-v", "--verbose", action="store_true", help="log each connection")
 
 
 def _add_client_options(command: argparse.ArgumentParser, protocol: str) -> None:
-    command.add_argument("--host", default=_HOST, help="name or address (default: %(default)s)")
-    command.add_argument("--port", type=_port, default=_PORTS[protocol], help="default: %(default)s")
+    command.add_argument("--host", default=HOST, help="name or address (default: %(default)s)")
+    command.add_argument("--port", type=port, default=PORTS[protocol], help="default: %(default)s")
     tls = command.add_argument_group("TLS")
     tls.add_argument("--tls", action="store_true", help="speak TLS; the server's certificate must name HOST")
     tls.add_argument("--tls-ca", metavar="FILE", help="who may sign it (PEM; default: those that this system trusts)")

@@ -1,0 +1,745 @@
+"""The bench: what it measures is what a server does, and what it reports is what it measured."""
+
+import contextlib
+import itertools
+import json
+import os
+import pty
+import re
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+import trioproto
+from trioproto import bench_report, echo_handler, receive_exactly
+from trioproto.bench import DRAIN, BenchError, Load, LoadGenerator, Measurement, local_server, measure
+from trioproto.cli import main
+from trioproto.testing import breaking_stream
+
+Handler = Callable[[trio.abc.HalfCloseableStream], Awaitable[object]]
+
+# Nothing listens on port 1 of this machine.
+NOWHERE = ("127.0.0.1", 1)
+
+
+def memory_load(
+    nursery: trio.Nursery,
+    handler: Handler,
+    *,
+    size: int = 8,
+    depth: int = 1,
+    duration: float = 10.0,
+    rate: float | None = None,
+    connections: int = 1,
+) -> LoadGenerator:
+    """Create a generator whose connections are memory streams that ``handler`` serves."""
+
+    async def connect() -> trio.abc.Stream:
+        client, served = trio.testing.memory_stream_pair()
+
+        async def serve() -> None:
+            async with served:
+                with contextlib.suppress(trio.BrokenResourceError):
+                    await handler(served)
+
+        nursery.start_soon(serve)
+        return client
+
+    load = Load("echo", "memory", 0, connections, size, depth, duration, rate)
+    return LoadGenerator(load, connect=connect)
+
+
+async def generate(generator: LoadGenerator) -> Measurement:
+    await generator.open()
+    await generator.run()
+    return generator.measurement
+
+
+@contextlib.asynccontextmanager
+async def tcp_server(handler: Callable[[trio.SocketStream], Awaitable[object]]) -> AsyncIterator[int]:
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            listeners = await nursery.start(trio.serve_tcp, handler, 0)
+            yield listeners[0].socket.getsockname()[1]
+            nursery.cancel_scope.cancel()
+
+
+def delaying(delay: float) -> Handler:
+    """Echo each chunk after ``delay`` seconds."""
+
+    async def handler(stream: trio.abc.HalfCloseableStream) -> None:
+        async for chunk in stream:
+            await trio.sleep(delay)
+            await stream.send_all(chunk)
+
+    return handler
+
+
+def stalling(since: float, until: float) -> Handler:
+    """Echo at once, except from ``since`` to ``until``, in seconds after the connection began."""
+
+    async def handler(stream: trio.abc.HalfCloseableStream) -> None:
+        began = trio.current_time()
+        async for chunk in stream:
+            if since <= trio.current_time() - began < until:
+                await trio.sleep_until(began + until)
+            await stream.send_all(chunk)
+
+    return handler
+
+
+async def test_closed_loop(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
+    """A closed loop sends a request when the reply to another one has arrived."""
+    measurement = await generate(memory_load(nursery, delaying(0.1), connections=3, depth=2))
+    assert measurement.answered == pytest.approx(3 * 2 * 100, rel=0.02)
+    assert measurement.rate == pytest.approx(60, rel=0.02)
+    assert measurement.latencies.percentile(50) == pytest.approx(0.1, rel=0.01)
+    assert measurement.unanswered == 0
+    assert not measurement.errors
+
+
+async def test_depth(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
+    """On each connection exactly as many requests are in flight as the depth says, at first and later."""
+    most = 0
+
+    async def handler(stream: trio.abc.HalfCloseableStream) -> None:
+        nonlocal most
+        received = b""
+        async for chunk in stream:
+            received += chunk
+            most = max(most, len(received))
+            await trio.sleep(0.1)
+            await stream.send_all(received[:8])
+            received = received[8:]
+
+    measurement = await generate(memory_load(nursery, handler, size=8, depth=5))
+    assert most == 5 * 8
+    assert measurement.latencies.percentile(90) == pytest.approx(0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("depth", [1, 16])
+async def test_open_loop_reports_a_stall(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery, depth: int
+) -> None:
+    """In an open loop, each request that was due during a stall has a latency from when it was due."""
+    measurement = await generate(memory_load(nursery, stalling(4, 6), depth=depth, rate=100))
+    assert measurement.answered == 1000
+    # 200 were due in the stall of 2 seconds, evenly spaced: half of them waited for more than a second.
+    waited = sum(count for edge, count in measurement.latencies.buckets() if edge > 1)
+    assert waited == pytest.approx(100, abs=2)
+    assert measurement.latencies.percentile(100) == pytest.approx(2, abs=0.02)
+    assert measurement.latencies.percentile(79) < 0.01
+
+
+async def test_closed_loop_omits_a_stall(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
+    """In a closed loop, a stall shows in no more than the requests in flight: that is what the open loop is for."""
+
+    async def handler(stream: trio.abc.HalfCloseableStream) -> None:
+        began = trio.current_time()
+        async for chunk in stream:
+            await trio.sleep(2 if 4 <= trio.current_time() - began < 5 else 0.01)
+            await stream.send_all(chunk)
+
+    measurement = await generate(memory_load(nursery, handler))
+    assert sum(count for edge, count in measurement.latencies.buckets() if edge > 1) == 1
+
+
+async def test_open_loop_rate(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
+    """The rate is that of all connections together, evenly spaced, and for as long as the load lasts."""
+    arrivals: list[float] = []
+
+    async def handler(stream: trio.abc.HalfCloseableStream) -> None:
+        async for chunk in stream:
+            arrivals.append(trio.current_time())
+            await stream.send_all(chunk)
+
+    measurement = await generate(memory_load(nursery, handler, connections=4, rate=20))
+    assert measurement.answered == 200
+    assert measurement.seconds == 10
+    gaps = [later - earlier for earlier, later in itertools.pairwise(arrivals)]
+    assert min(gaps) == pytest.approx(0.05, abs=0.002)
+    assert max(gaps) == pytest.approx(0.05, abs=0.002)
+
+
+async def test_sent_early(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
+    """A request that was sent before it was due has its latency from the sending: it is not too short."""
+    measurement = await generate(memory_load(nursery, delaying(0.004), rate=10))
+    assert measurement.latencies.percentile(1) == pytest.approx(0.004, rel=0.011)
+
+
+async def test_depth_bounds_an_open_loop(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
+    """In an open loop too, no more requests are in flight than the depth says."""
+    received = bytearray()
+
+    async def handler(stream: trio.abc.HalfCloseableStream) -> None:
+        async for chunk in stream:
+            received.extend(chunk)
+
+    await generate(memory_load(nursery, handler, size=8, depth=5, rate=100))
+    assert len(received) == 5 * 8
+
+
+@pytest.mark.parametrize("answered", [500, 501])
+async def test_a_stall_until_the_end(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery, answered: int
+) -> None:
+    """What was due and never answered is reported, with the time that it had waited by the end."""
+    measurement = await generate(memory_load(nursery, stalling(answered / 100 - 0.005, 1000), rate=100))
+    assert measurement.answered == answered
+    assert measurement.unanswered == 1000 - answered
+    assert measurement.latencies.count == 1000
+    assert measurement.latencies.percentile(100) == pytest.approx(5 + DRAIN, abs=0.02)
+    assert measurement.latencies.percentile(75) == pytest.approx(2.5 + DRAIN, abs=0.05)
+    assert measurement.seconds == 10
+
+
+async def test_many_overdue(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
+    """A plan far beyond the server's means is accounted for request by request."""
+    measurement = await generate(memory_load(nursery, stalling(0, 1000), rate=1e6, duration=3))
+    assert measurement.unanswered == measurement.latencies.count == 3_000_000
+    assert measurement.latencies.percentile(50) == pytest.approx(1.5 + DRAIN, rel=0.02)
+
+
+async def test_replies_after_the_end(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
+    """Replies that are on their way when the load ends are waited for, and so is the measured time."""
+    measurement = await generate(memory_load(nursery, delaying(0.8), duration=2))
+    assert measurement.answered == 3
+    assert measurement.unanswered == 0
+    assert measurement.seconds == pytest.approx(2.4)
+
+
+async def test_stop(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
+    """A load that is stopped ends early, and what was measured until then counts."""
+    generator = memory_load(nursery, delaying(0.01))
+    nursery.start_soon(generate, generator)
+    await trio.sleep(2)
+    generator.stop()
+    await trio.sleep(1)
+    assert generator.measurement.seconds == pytest.approx(2, abs=0.02)
+    assert generator.measurement.answered == pytest.approx(200, abs=2)
+
+
+async def test_stop_during_a_stall(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
+    """A load that is stopped waits for replies no longer than one that has come to its end."""
+    generator = memory_load(nursery, stalling(0, 1000))
+    async with trio.open_nursery() as load:
+        load.start_soon(generate, generator)
+        await trio.sleep(2)
+        generator.stop()
+    assert trio.current_time() == pytest.approx(2 + DRAIN)
+
+
+async def flip_a_bit(stream: trio.abc.HalfCloseableStream) -> None:
+    async for chunk in stream:
+        await stream.send_all(chunk[:-1] + bytes([chunk[-1] ^ 1]))
+
+
+async def swap(stream: trio.abc.HalfCloseableStream) -> None:
+    while True:
+        first, second = await receive_exactly(stream, 8), await receive_exactly(stream, 8)
+        await stream.send_all(second + first)
+
+
+async def say_twice(stream: trio.abc.HalfCloseableStream) -> None:
+    # The cycle of requests is 8 long: what is sent too much is even right, only nobody has asked yet.
+    first = await receive_exactly(stream, 8 * 8)
+    await stream.send_all(first + first)
+    await trio.sleep_forever()
+
+
+@pytest.mark.parametrize("handler", [flip_a_bit, swap, say_twice])
+async def test_wrong_replies(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery, handler: Handler) -> None:
+    """A reply that is changed, out of order or not asked for is an error, and its connection is given up."""
+    measurement = await generate(memory_load(nursery, handler, depth=8, duration=1.05))
+    # One at once, and one after each tenth of a second: a broken server is not hammered.
+    assert measurement.errors == Counter({"wrong reply": 11})
+    assert measurement.answered == 0
+    assert measurement.unanswered == 11 * 8
+
+
+async def test_another_connections_replies(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
+    """Replies to another connection's requests are wrong."""
+    sides: list[trio.abc.HalfCloseableStream] = []
+
+    async def handler(stream: trio.abc.HalfCloseableStream) -> None:
+        sides.append(stream)
+        await trio.sleep(0.1)  # until the other one is there
+        other = sides[1 - sides.index(stream)]
+        await other.send_all(await receive_exactly(stream, 8))
+        await trio.sleep_forever()
+
+    measurement = await generate(memory_load(nursery, handler, connections=2, duration=0.15))
+    assert measurement.errors == Counter({"wrong reply": 2})
+
+
+async def test_end_of_stream(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
+    """A connection that ends before its replies is an error and a lost request; the next one goes on."""
+    connections = 0
+
+    async def handler(stream: trio.abc.HalfCloseableStream) -> None:
+        nonlocal connections
+        connections += 1
+        if connections == 1:
+            await stream.send_all(await receive_exactly(stream, 8))
+            await receive_exactly(stream, 8)
+        else:
+            await delaying(0.1)(stream)
+
+    measurement = await generate(memory_load(nursery, handler))
+    assert measurement.errors == Counter({"end of stream": 1})
+    assert measurement.unanswered == 1
+    assert measurement.answered == pytest.approx(1 + 99, abs=1)
+
+
+async def test_failure_after_the_end(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
+    """After the end of the load no connection is opened any more."""
+
+    async def handler(stream: trio.abc.HalfCloseableStream) -> None:
+        await trio.sleep(1.5)
+
+    measurement = await generate(memory_load(nursery, handler, duration=1))
+    assert measurement.errors == Counter({"end of stream": 1})
+    assert trio.current_time() < 1.5 + DRAIN + 0.2
+
+
+async def test_broken_without_a_socket(autojump_clock: trio.testing.MockClock) -> None:
+    """A stream that breaks is counted under what it says of itself."""
+
+    async def connect() -> trio.abc.Stream:
+        client, _ = trio.testing.memory_stream_pair()
+        return breaking_stream(client, 0)
+
+    load = Load("echo", "memory", 0, connections=1, duration=0.05)
+    measurement = await generate(LoadGenerator(load, connect=connect))
+    assert measurement.errors == Counter({"broken on purpose after 0 bytes": 1})
+
+
+async def test_reset() -> None:
+    """A connection that the server resets is an error of its own."""
+
+    async def handler(stream: trio.SocketStream) -> None:
+        await stream.receive_some()
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    async with tcp_server(handler) as port:
+        measurement = await generate(LoadGenerator(Load("echo", "127.0.0.1", port, 1, duration=0.05)))
+    assert measurement.errors == Counter({"connection reset by peer": 1})
+
+
+async def test_refused() -> None:
+    """Connections that are refused are errors, and tried again only so often."""
+    generator = LoadGenerator(Load("echo", *NOWHERE, connections=2, duration=0.25))
+    await generator.open()
+    assert generator.measurement.errors == Counter({"connection refused": 2})
+    await generator.run()
+    assert 4 <= generator.measurement.errors["connection refused"] <= 2 * 4
+
+
+async def test_unknown_name() -> None:
+    """A name that stands for no address is an error in the resolver's words."""
+    generator = LoadGenerator(Load("echo", "no such name", 1, connections=1))
+    with trio.fail_after(10):
+        await generator.open()
+    (reason,) = generator.measurement.errors
+    assert reason == reason.lower()
+    assert "name" in reason
+
+
+async def test_a_server_that_dies(nursery: trio.Nursery) -> None:
+    """When the server dies half-way, what it did before counts, and the rest are errors, each of its kind."""
+    answered, life = trio.Event(), trio.CancelScope()
+
+    async def handler(stream: trio.SocketStream) -> None:
+        async for chunk in stream:
+            await stream.send_all(chunk)
+            answered.set()
+
+    async def serve(task_status: trio.TaskStatus[list[trio.SocketListener]]) -> None:
+        with life:
+            await trio.serve_tcp(handler, 0, host="127.0.0.1", task_status=task_status)
+
+    listeners = await nursery.start(serve)
+    port = listeners[0].socket.getsockname()[1]
+    generator = LoadGenerator(Load("echo", "127.0.0.1", port, connections=3, duration=0.3))
+    with trio.fail_after(10):
+        await generator.open()
+        async with trio.open_nursery() as load:
+            load.start_soon(generator.run)
+            await answered.wait()
+            life.cancel()
+    errors = generator.measurement.errors
+    refused = errors.pop("connection refused")
+    assert refused >= 3
+    assert generator.measurement.answered > 0
+    assert errors.total() == 3
+    assert set(errors) <= {"end of stream", "connection reset by peer", "broken pipe"}
+
+
+async def test_more_in_flight_than_buffers_hold() -> None:
+    """Messages too large for the socket buffers do not block the load, however many are in flight."""
+    async with tcp_server(echo_handler) as port:
+        load = Load("echo", "127.0.0.1", port, connections=1, size=2**20, depth=16, duration=0.2)
+        measurement = await generate(LoadGenerator(load))
+    assert measurement.answered >= 16
+    assert measurement.unanswered == 0
+    assert not measurement.errors
+
+
+async def test_large_messages_to_a_server_that_leaves() -> None:
+    """A connection that breaks while a large message is on its way is one error."""
+
+    async def handler(stream: trio.SocketStream) -> None:
+        await receive_exactly(stream, 1)
+
+    async with tcp_server(handler) as port:
+        load = Load("echo", "127.0.0.1", port, connections=1, size=2**20, depth=16, duration=0.05)
+        measurement = await generate(LoadGenerator(load))
+    assert measurement.errors.total() == 1
+    assert measurement.unanswered == 16
+
+
+@pytest.mark.parametrize("protocol", ["echo", "op"])
+async def test_measure(protocol: str) -> None:
+    """The load generators' processes share the connections, and their measurements are added up."""
+    progress: list[Measurement] = []
+    with trio.fail_after(20):
+        async with local_server(protocol) as (host, port):
+            load = Load(protocol, host, port, connections=3, depth=4, duration=0.6, rate=1000, processes=2)
+            measurement = await measure(load, trio.Event(), progress.append)
+    assert measurement.answered == measurement.latencies.count == 600
+    assert not measurement.errors
+    assert measurement.seconds == pytest.approx(0.6, abs=0.3)
+    assert 0 < measurement.busy <= 1
+    assert any(0 < before.answered < 600 for before in progress)
+
+
+async def test_the_local_server_is_stopped() -> None:
+    """The server that was started for the purpose is gone afterwards."""
+    with trio.fail_after(10):
+        async with local_server("echo") as (host, port):
+            stream = await trio.open_tcp_stream(host, port)
+            await stream.aclose()
+        with pytest.raises(OSError, match="failed"):
+            await trio.open_tcp_stream(host, port)
+
+
+async def test_measure_after_stop() -> None:
+    """What is stopped before it has begun is an interruption, not a measurement."""
+    stop = trio.Event()
+    stop.set()
+    with trio.fail_after(10), pytest.raises(BaseExceptionGroup) as caught:
+        await measure(Load("echo", *NOWHERE), stop, lambda _: None)
+    assert caught.group_contains(KeyboardInterrupt)
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("exit 3", "a load generator failed with status 3"),
+        (f"exec <&-; echo '{Measurement().to_json()}'; sleep 0.2; exit 3", "a load generator failed with status 3"),
+    ],
+    ids=["at once", "when ready"],
+)
+async def test_a_load_generator_that_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, message: str
+) -> None:
+    """A load generator that dies makes the measurement fail; it is not left out of it silently."""
+    monkeypatch.setattr(sys, "executable", fake_python(tmp_path, script))
+    with trio.fail_after(10), pytest.raises(BaseExceptionGroup) as caught:
+        await measure(Load("echo", *NOWHERE), trio.Event(), lambda _: None)
+    assert caught.group_contains(BenchError, match=message)
+
+
+async def test_a_local_server_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A server that does not start is said to be missing, not waited for."""
+    monkeypatch.setattr(sys, "executable", fake_python(tmp_path, "printf something; exit 1"))
+    with trio.fail_after(10), pytest.raises(BaseExceptionGroup) as caught:
+        async with local_server("echo"):
+            pass
+    assert caught.group_contains(BenchError, match="did not start")
+
+
+def fake_python(directory: Path, script: str) -> str:
+    fake = directory / "python"
+    fake.write_text(f"#!/bin/sh\n{script}\n")
+    fake.chmod(0o755)
+    return str(fake)
+
+
+GENERATOR = [
+    sys.executable,
+    "-m",
+    "trioproto.bench",
+    json.dumps({"protocol": "op", "host": "127.0.0.1", "port": 1}),
+    "0",
+]
+
+
+def test_a_load_generator_that_is_left_alone() -> None:
+    """A load generator whose parent is gone before the start ends without a load."""
+    done = subprocess.run(GENERATOR, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=10)
+    (line,) = done.stdout.splitlines()
+    assert Measurement.from_json(line).errors == Counter({"connection refused": 50})
+
+
+def test_a_load_generator_that_nobody_listens_to() -> None:
+    """A load generator whose reports nobody takes ends, and without a traceback."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        GENERATOR, stdin=subprocess.DEVNULL, stdout=writing, stderr=subprocess.PIPE, check=False, timeout=10
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+MEASUREMENT = Measurement(seconds=2.0, answered=1000, unanswered=7, errors=Counter({"wrong reply": 4, "reset": 3}))
+MEASUREMENT.latencies.record(0.0012, 900)
+MEASUREMENT.latencies.record(0.034, 99)
+MEASUREMENT.latencies.record(1.5)
+MEASUREMENT.latencies.record(0.000045, 7)
+
+
+def test_table() -> None:
+    """The table says rate, errors by kind and percentiles, in 80 columns."""
+    text = bench_report.table(Load("op", "::1", 9191, rate=12345.5), MEASUREMENT)
+    assert "op at [::1]:9191, open loop of 12,345.5 requests/s" in text
+    assert re.search(r"^rate +500 requests/s$", text, re.MULTILINE)
+    assert re.search(r"^unanswered +7$", text, re.MULTILINE)
+    assert re.search(r"^errors +7\n +4 wrong reply\n +3 reset$", text, re.MULTILINE)
+    assert re.search(
+        r"^latency +p50 +p90 +p99 +p99.9 +max\n +1\.2\d ms +1\.2\d ms +34\.\d ms +34\.\d ms +1\.50 s$",
+        text,
+        re.MULTILINE,
+    )
+    assert "--processes" not in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_table_of_a_busy_generator() -> None:
+    """When it may be the load generator that limits the rate, the table says so and what to do."""
+    text = bench_report.table(Load("echo", "127.0.0.1", 9190, processes=2), Measurement(seconds=1.0, busy=0.97))
+    assert "busy 97% of the time" in text
+    assert "--processes 3" in text
+    assert re.search(r"^( +0 µs){5}$", text, re.MULTILINE)
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_terminal_plot() -> None:
+    """The plot has a row for each range of latencies, with its count and a bar as long as that says."""
+    lines = bench_report.terminal_plot(MEASUREMENT.latencies, 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    counts = [int(re.search(r"[mµ]?s +([\d,]+)", line)[1].replace(",", "")) for line in lines]  # type: ignore[index]
+    bars = [line.count("█") for line in lines]
+    assert sum(counts) == 1007
+    assert counts[0] == 7
+    assert counts[-1] == 1
+    assert [bar > 0 for bar in bars] == [count > 0 for count in counts]
+    assert bars[counts.index(900)] == max(bars)
+    assert bars[counts.index(99)] == pytest.approx(max(bars) * 99 / 900, abs=1.5)
+
+
+def test_terminal_plot_of_nothing() -> None:
+    """Without latencies there is no plot."""
+    assert bench_report.terminal_plot(Measurement().latencies, 80) == ""
+
+
+def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress shows the rate since it last did, and the errors; on a terminal."""
+    ours, theirs = terminal_pair()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with bench_report.progress(Load("echo", "127.0.0.1", 9190, duration=4.0)) as show:
+            show(Measurement(seconds=1.0, answered=1000))
+            show(Measurement(seconds=1.0, answered=1000))
+            show(Measurement(seconds=3.5, answered=5000, errors=Counter({"wrong reply": 2})))
+            wait_for(rb"echo  88% .* 3\.5/4\.0 s, 1,600/s, 2 errors", ours)
+            show(Measurement(seconds=5.0, answered=7000))
+            wait_for(rb"echo 100% .* 4\.0/4\.0 s, 1,333/s, 0 errors", ours)
+    os.close(ours)
+
+
+def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where standard error is no terminal, there is no progress to be seen."""
+    with bench_report.progress(Load("echo", "127.0.0.1", 9190)) as show:
+        show(MEASUREMENT)
+    assert capsys.readouterr().err == ""
+
+
+def test_plot_files(tmp_path: Path) -> None:
+    """A plot is SVG or PNG by its suffix, and leaves out of its background and colours black and white."""
+    load = Load("echo", "127.0.0.1", 9190)
+    bench_report.write_plot(tmp_path / "latency.png", load, MEASUREMENT)
+    bench_report.write_plot(tmp_path / "latency.svg", load, MEASUREMENT)
+    assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG\r\n")
+    svg = (tmp_path / "latency.svg").read_text()
+    for label in ("p50 1.2", "p90 1.2", "p99 34", "p99.9 34", "max 1.50 s"):
+        assert f"<!--  {label}" in svg
+    colours = set(re.findall(r"#[0-9a-f]{6}\b", svg))
+    assert colours <= {"#808080", "#3987d6", "#d9730d"}
+
+
+def test_plot_of_nothing(tmp_path: Path) -> None:
+    """Without latencies a plot is an empty one."""
+    bench_report.write_plot(tmp_path / "latency.svg", Load("echo", "127.0.0.1", 9190), Measurement())
+    assert "p50" not in (tmp_path / "latency.svg").read_text()
+
+
+def test_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Without an address, bench starts a server, measures it, and reports on the terminal and in files."""
+    report, plot = tmp_path / "bench.json", tmp_path / "bench.svg"
+    options = ["--duration", "0.3", "--rate", "500", "--connections", "2", "--operands", "5"]
+    assert main(["bench", "op", *options, "--json", str(report), "--plot", str(plot)]) == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"^answered +150$", out, re.MULTILINE)
+    assert "█" in out
+    assert err == ""
+    written = json.loads(report.read_text())
+    assert written["answered"] == 150 == sum(count for _, count in written["histogram"])
+    assert written["interrupted"] is False
+    assert written["load"]["size"] == 5
+    assert written["errors"] == {}
+    assert 0 < written["latency"]["p50"] <= written["latency"]["p99.9"] <= written["latency"]["max"] < 1
+    assert plot.read_text().startswith("<?xml")
+
+
+def test_bench_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """When nobody listens where bench is to measure, it says so in one line, and how to start a server."""
+    assert main(["bench", "echo", "--port", "1", "--connections", "4", "--processes", "2"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == (
+        "trioproto: cannot connect to 127.0.0.1:1: connection refused; "
+        "if no server runs there, start one: python -m trioproto echo --port 1\n"
+    )
+
+
+def test_the_port_of_a_host(capsys: pytest.CaptureFixture[str]) -> None:
+    """A host without a port is asked at the protocol's own port."""
+    assert main(["bench", "op", "--host", "127.255.255.254"]) == 1
+    assert "cannot connect to 127.255.255.254:9191: " in capsys.readouterr().err
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without the extra, bench says how to get it before it measures anything."""
+    monkeypatch.delattr(trioproto, "bench_report")
+    monkeypatch.delitem(sys.modules, "trioproto.bench_report")
+    monkeypatch.setitem(sys.modules, "plotext", None)
+    monkeypatch.setattr(sys, "executable", "/nonexistent")
+    assert main(["bench", "echo"]) == 1
+    assert capsys.readouterr() == ("", "trioproto: bench needs plotext; install it: pip install 'trioproto[bench]'\n")
+
+
+def test_a_report_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """When a file cannot be written in the end, the table is there all the same."""
+    plot = tmp_path / "latency.svg"
+    plot.symlink_to("/dev/full")
+    assert main(["bench", "echo", "--duration", "0.1", "--connections", "1", "--plot", str(plot)]) == 1
+    out, err = capsys.readouterr()
+    assert "answered" in out
+    assert err == f"trioproto: cannot write {plot}: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--connections", "0"], "'0' is not a number, 1 to 10000"),
+        (["--connections", "2", "--processes", "3"], "--processes 3 is more than --connections 2"),
+        (["--size", "1048576", "--depth", "65"], "--depth times --size is more than 67108864 bytes"),
+        (["--rate", "0"], "'0' is not a rate"),
+        (["--rate", "inf"], "'inf' is not a rate"),
+        (["--plot", "latency.pdf"], "latency.pdf ends neither in .svg nor in .png"),
+        (["--json", "/"], "/ cannot be written"),
+        (["--json", "/no/such/directory/file"], "/no/such/directory/file cannot be written"),
+        (["--operands", "3"], "unrecognized arguments: --operands 3"),
+    ],
+)
+def test_wrong_options(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    """What cannot be done is refused before anything is measured."""
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "echo", *options])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def terminal_pair() -> tuple[int, int]:
+    """Open a terminal of 80 columns; gives the user's end and the program's."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    return ours, theirs
+
+
+# Runs the command line, and in place of this Python the program that is given first.
+WITH_FAKE_PYTHON = """
+import sys
+from trioproto.cli import main
+sys.executable = sys.argv.pop(1)
+sys.exit(main())
+"""
+
+
+@contextlib.contextmanager
+def running_bench(*options: str, python: str = sys.executable) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """Run bench with a terminal for standard error; gives the process and the terminal's other end."""
+    ours, theirs = terminal_pair()
+    bench = subprocess.Popen(
+        [sys.executable, "-c", WITH_FAKE_PYTHON, python, "bench", *options],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        process_group=0,
+    )
+    os.close(theirs)
+    try:
+        yield bench, ours
+    finally:
+        bench.terminate()  # not killed, so that it can end its server
+        bench.communicate(timeout=10)
+        os.close(ours)
+
+
+def wait_for(pattern: bytes, terminal: int) -> None:
+    seen = b""
+    until = time.monotonic() + 10
+    while not re.search(pattern, seen):
+        assert select.select([terminal], [], [], until - time.monotonic())[0], seen
+        seen += os.read(terminal, 10_000)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt(number: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C ends the load early and reports what was measured until then, with status 130; so does SIGTERM."""
+    report = tmp_path / "bench.json"
+    with running_bench("echo", "--duration", "600", "--json", str(report)) as (bench, terminal):
+        wait_for(rb"[1-9][\d,]*/s, 0 errors", terminal)
+        os.killpg(bench.pid, number)  # as a terminal does: to all that run in it
+        out, _ = bench.communicate(timeout=10)
+    assert bench.returncode == 130
+    assert re.search(rb"^answered +[1-9]", out, re.MULTILINE)
+    written = json.loads(report.read_text())
+    assert written["interrupted"] is True
+    assert 0 < written["seconds"] < 60
+
+
+def test_interrupt_twice(tmp_path: Path) -> None:
+    """A second Ctrl-C ends what the first one could not."""
+    ready, progress = Measurement().to_json(), Measurement(seconds=1.0).to_json()
+    fake = fake_python(tmp_path, f"echo '{ready}'; read _; echo '{progress}'; exec sleep 60")
+    with running_bench("echo", "--duration", "600", "--port", "1", python=fake) as (bench, terminal):
+        wait_for(rb"0/s, 0 errors", terminal)
+        os.killpg(bench.pid, signal.SIGINT)
+        time.sleep(0.2)  # two signals at once are one
+        os.killpg(bench.pid, signal.SIGINT)
+        out, _ = bench.communicate(timeout=10)
+    assert (bench.returncode, out) == (130, b"")

@@ -1,0 +1,202 @@
+"""A measurement for people and for machines: progress, table, plots, JSON. Needs the extra ``bench``."""
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import attrs
+import matplotlib as mpl
+import plotext  # type: ignore[import-untyped]
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from tqdm import tqdm
+
+from trioproto.addresses import format_address
+from trioproto.bench import Load, Measurement
+from trioproto.histogram import Histogram
+
+_PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9, "max": 100.0}
+# From this share on, a load generator may be what limits the rate.
+_BUSY = 0.9
+_TERMINAL_ROWS = 16
+_FILE_ROWS = 120
+# Colours that stand out from a white background as well as from a black one.
+_GREY = "#808080"
+_BLUE = "#3987d6"
+_ORANGE = "#d9730d"
+
+
+@contextlib.contextmanager
+def progress(load: Load) -> Iterator[Callable[[Measurement], object]]:
+    """Show a bar and the running rate on standard error while the block runs, if that is a terminal.
+
+    Yields:
+        A function to call with each measurement so far.
+    """
+    before = Measurement()
+    with tqdm(
+        total=load.duration,
+        desc=load.protocol,
+        bar_format="{desc} {percentage:3.0f}% |{bar}| {n:.1f}/{total:.1f} s{postfix}",
+        disable=not sys.stderr.isatty(),
+        leave=False,
+        # Draw each time that `show` is called: it is not called too often.
+        mininterval=0,
+        miniters=0,
+        dynamic_ncols=True,
+    ) as bar:
+
+        def show(measurement: Measurement) -> None:
+            nonlocal before
+            seconds = measurement.seconds - before.seconds
+            if seconds > 0:
+                rate = (measurement.answered - before.answered) / seconds
+                bar.set_postfix_str(f"{rate:,.0f}/s, {measurement.errors.total():,} errors", refresh=False)
+                bar.update(min(seconds, load.duration - bar.n))
+                before = measurement
+
+        yield show
+
+
+def table(load: Load, measurement: Measurement) -> str:
+    """Return what was asked for and what came of it, in lines that fit into 80 columns."""
+    percentiles = [measurement.latencies.percentile(percent) for percent in _PERCENTILES.values()]
+    lines = [
+        _description(load),
+        "",
+        f"{'seconds':12}{measurement.seconds:>13.1f}",
+        f"{'answered':12}{measurement.answered:>13,}",
+        f"{'unanswered':12}{measurement.unanswered:>13,}",
+        f"{'rate':12}{measurement.rate:>13,.0f} requests/s",
+        f"{'errors':12}{measurement.errors.total():>13,}",
+        *(f"{'':12}{count:>13,} {what}" for what, count in measurement.errors.most_common()),
+        "",
+        f"{'latency':12}" + "".join(f"{name:>13}" for name in _PERCENTILES),
+        f"{'':12}" + "".join(f"{_format_time(latency):>13}" for latency in percentiles),
+    ]
+    if measurement.busy > _BUSY:
+        lines += [
+            "",
+            f"A load generator was busy {measurement.busy:.0%} of the time: perhaps the server can do more.",
+            f"Try --processes {load.processes + 1}, if there are processors for them.",
+        ]
+    return "\n".join(lines)
+
+
+def _description(load: Load) -> str:
+    pace = "closed loop" if load.rate is None else f"open loop of {load.rate:,.10g} requests/s"
+    message = "bytes" if load.protocol == "echo" else "operands"
+    return (
+        f"{load.protocol} at {format_address((load.host, load.port))}, {pace}\n"
+        f"connections {load.connections}, depth {load.depth}, {message} {load.size}, processes {load.processes}"
+    )
+
+
+def _format_time(seconds: float) -> str:
+    """Write a time with three digits that matter."""
+    if seconds >= 1:
+        value, unit = seconds, "s"
+    elif seconds >= 1e-3:  # noqa: PLR2004
+        value, unit = seconds * 1e3, "ms"
+    else:
+        value, unit = seconds * 1e6, "µs"
+    digits = max(0, 2 - math.floor(math.log10(value))) if value else 0
+    return f"{value:.{digits}f} {unit}"
+
+
+def terminal_plot(latencies: Histogram, width: int) -> str:
+    """Return the distribution of ``latencies`` as a bar chart in text, ``width`` columns wide; nothing for none.
+
+    A row counts those up to its latency that are above the latency of the row before it.
+    """
+    rows = latencies.rows(_TERMINAL_ROWS)
+    if not rows:
+        return ""
+    figure = plotext.figure
+    figure.clear()
+    figure.theme("colorless")
+    figure.plot_size(width, len(rows))
+    figure.axes(active=False)
+    counts = [count for _, _, count in rows]
+    figure.draw(figure.bar(range(len(rows)), counts, orientation="horizontal", width=0.1))
+    figure.ruler("x").ticks([], [])
+    ruler = figure.ruler("y")
+    ruler.ticks(range(len(rows)), [f"{_format_time(edge):>8} {count:>12,} " for _, edge, count in rows])
+    ruler.direction(-1)
+    text: str = figure.build().string(colorless=True)
+    return "\n".join(line.rstrip() for line in text.splitlines())
+
+
+def write_json(path: Path, load: Load, measurement: Measurement, *, interrupted: bool) -> None:
+    """Write everything to ``path`` as one JSON object; times are in seconds.
+
+    ``histogram`` is a list of ``[upper edge, count]``, in order; each bucket begins at most 1 % below its upper
+    edge.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    latencies = measurement.latencies
+    report = {
+        "load": attrs.asdict(load),
+        "interrupted": interrupted,
+        "seconds": measurement.seconds,
+        "rate": measurement.rate,
+        "answered": measurement.answered,
+        "unanswered": measurement.unanswered,
+        "errors": measurement.errors,
+        "latency": {name: latencies.percentile(percent) for name, percent in _PERCENTILES.items()},
+        "histogram": list(latencies.buckets()),
+        "busy": measurement.busy,
+    }
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def write_plot(path: Path, load: Load, measurement: Measurement) -> None:
+    """Draw the distribution of latencies into ``path``, as SVG or PNG by its suffix.
+
+    The background is transparent, and the colours can be read on a light one and on a dark one.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    latencies = measurement.latencies
+    with mpl.rc_context(
+        {
+            "text.color": _GREY,
+            "axes.edgecolor": _GREY,
+            "axes.labelcolor": _GREY,
+            "xtick.color": _GREY,
+            "ytick.color": _GREY,
+        }
+    ):
+        figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+        axes = figure.add_subplot(xscale="log", xlabel="latency", ylabel="requests")
+        axes.set_title(_description(load), loc="left", fontsize="medium")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(lambda latency, _: _format_time(latency))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        if rows := latencies.rows(_FILE_ROWS):
+            lower, upper, counts = zip(*rows, strict=True)
+            axes.stairs(counts, [lower[0], *upper], fill=True, color=_BLUE)
+            # At least a factor of 5, so that there are two ticks; and room above and on the right for the percentiles.
+            left, right = lower[0], max(upper[-1], lower[0] * 5)
+            axes.set_xlim(left, right * (right / left) ** 0.15)
+            axes.set_ylim(0, max(counts) * 1.6)
+            # Each line ends at its label, lower than the one before: no label lies across another line.
+            for number, (name, percent) in enumerate(_PERCENTILES.items()):
+                latency, height = latencies.percentile(percent), 0.97 - 0.07 * number
+                axes.axvline(latency, ymax=height, color=_ORANGE, linewidth=1)
+                axes.annotate(
+                    f" {name} {_format_time(latency)}",
+                    (latency, height),
+                    xycoords=("data", "axes fraction"),
+                    verticalalignment="top",
+                    fontsize="small",
+                )
+        figure.savefig(path, transparent=True)

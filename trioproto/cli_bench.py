@@ -1,0 +1,186 @@
+"""The ``bench`` command: arguments in, a measurement, a report out."""
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import trio
+
+from trioproto.arguments import HOST, PORTS, CommandError, port, positive, seconds, whole
+from trioproto.bench import Load, local_server, measure
+from trioproto.op import MAX_OPERANDS
+
+_MAX_CONNECTIONS = 10_000
+_MAX_DEPTH = 65_536
+_MAX_SIZE = 2**20
+_MAX_IN_FLIGHT = 2**26
+_MAX_PROCESSES = 64
+# Bars that are longer are no easier to compare.
+_MAX_WIDTH = 100
+
+
+async def _bench(args: argparse.Namespace) -> None:
+    if args.processes > args.connections:
+        args.error(f"--processes {args.processes} is more than --connections {args.connections}")
+    if args.depth * args.size > _MAX_IN_FLIGHT:
+        args.error(f"--depth times --size is more than {_MAX_IN_FLIGHT} bytes")
+    try:
+        from trioproto import bench_report  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise CommandError(f"bench needs {error.name}; install it: pip install 'trioproto[bench]'") from None
+
+    server: contextlib.AbstractAsyncContextManager[tuple[str, int]]
+    if args.host is None and args.port is None:
+        server = local_server(args.protocol)
+    else:
+        server = contextlib.nullcontext((args.host or HOST, PORTS[args.protocol] if args.port is None else args.port))
+    stop = trio.Event()
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def interrupt() -> None:
+                await anext(signals)
+                stop.set()
+                await anext(signals)
+                raise KeyboardInterrupt
+
+            nursery.start_soon(interrupt)
+            async with server as (host, number):
+                load = Load(
+                    args.protocol,
+                    host,
+                    number,
+                    connections=args.connections,
+                    size=args.size,
+                    depth=args.depth,
+                    duration=args.duration,
+                    rate=args.rate,
+                    processes=args.processes,
+                )
+                with bench_report.progress(load) as on_progress:
+                    measurement = await measure(load, stop, on_progress)
+            nursery.cancel_scope.cancel()
+
+    print(bench_report.table(load, measurement))
+    print()
+    width = min(_MAX_WIDTH, shutil.get_terminal_size().columns)
+    print(bench_report.terminal_plot(measurement.latencies, width), flush=True)
+    if args.json:
+        with _writing(args.json):
+            bench_report.write_json(args.json, load, measurement, interrupted=stop.is_set())
+    if args.plot:
+        with _writing(args.plot):
+            bench_report.write_plot(args.plot, load, measurement)
+    if stop.is_set():
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _plot_file(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in (".svg", ".png"):
+        raise argparse.ArgumentTypeError(f"{text} ends neither in .svg nor in .png")
+    return _output_file(text)
+
+
+def _output_file(text: str) -> Path:
+    """Refuse a file that could not be written, before minutes are spent on what is to be written to it."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written")
+    return path
+
+
+def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add ``bench`` to the commands."""
+    bench = commands.add_parser(
+        "bench",
+        help="measure what a server does under load",
+        description="Measure what a server does under load: rate, errors, and how long replies take.",
+        epilog="'trioproto bench echo --help' shows the options.",
+    )
+    protocols = bench.add_subparsers(required=True, metavar="PROTOCOL")
+    for protocol in PORTS:
+        _add_bench_protocol(protocols, protocol)
+
+
+def _add_bench_protocol(protocols: "argparse._SubParsersAction[argparse.ArgumentParser]", protocol: str) -> None:
+    command = protocols.add_parser(
+        protocol,
+        help=f"put load on a server that speaks {protocol}",
+        description=f"Put load on a server that speaks {protocol}, check every reply, and\n"
+        "report rate, errors and latencies. Without --host and --port, that is a server\n"
+        "started for the purpose. Time is measured from when all connections are open.\n"
+        "Ctrl-C ends the load early and reports what was measured until then, with exit\n"
+        "status 130.",
+        epilog="examples:\n"
+        f"  trioproto bench {protocol}    # as fast as a server on this machine goes\n"
+        f"  trioproto bench {protocol} --port {PORTS[protocol]} --rate 2000 --duration 60 --plot latency.svg",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=_bench, protocol=protocol, error=command.error)
+    command.add_argument("--host", help=f"name or address of the server (default: {HOST} if --port is given)")
+    command.add_argument("--port", type=port, help=f"the server's port (default: {PORTS[protocol]} if --host is given)")
+    command.add_argument(
+        "--connections",
+        type=whole("a number", 1, _MAX_CONNECTIONS),
+        default=50,
+        metavar="N",
+        help="default: %(default)s",
+    )
+    if protocol == "echo":
+        command.add_argument(
+            "--size",
+            type=whole("a number", 1, _MAX_SIZE),
+            default=64,
+            metavar="BYTES",
+            help="of a message (default: %(default)s)",
+        )
+    else:
+        command.add_argument(
+            "--operands",
+            dest="size",
+            type=whole("a number", 1, MAX_OPERANDS),
+            default=3,
+            metavar="N",
+            help="in a request (default: %(default)s)",
+        )
+    command.add_argument(
+        "--depth",
+        type=whole("a number", 1, _MAX_DEPTH),
+        default=1,
+        metavar="N",
+        help="the most requests in flight on each connection (default: %(default)s)",
+    )
+    command.add_argument(
+        "--duration", type=seconds, default=10.0, metavar="SECONDS", help="how long (default: %(default)s)"
+    )
+    command.add_argument(
+        "--rate",
+        type=positive("a rate in requests a second"),
+        metavar="N",
+        help="an open loop: this many requests a second over all connections, whether or not the server keeps up; "
+        "latencies count from when a request was due (default: a closed loop, which waits for replies)",
+    )
+    command.add_argument(
+        "--processes",
+        type=whole("a number", 1, _MAX_PROCESSES),
+        default=1,
+        metavar="N",
+        help="that generate the load (default: %(default)s)",
+    )
+    command.add_argument("--json", type=_output_file, metavar="FILE", help="write the report as JSON, times in seconds")
+    command.add_argument(
+        "--plot", type=_plot_file, metavar="FILE", help="draw the latencies; FILE ends in .svg or .png"
+    )
