@@ -39,6 +39,28 @@ def reply_bytes(operands: Sequence[int], operator: str) -> bytes:
     return int32_bytes(fold_as_c_does(operands, operator))
 
 
+def decode_by_the_table(data: bytes) -> tuple[bytes, bytes, bool]:
+    """Serve everything that an op client sends, by the table in the documentation, one field at a time.
+
+    Returns:
+        The replies; what is left of a request that is not complete, or no request; whether it is none.
+    """
+    replies = b""
+    while data:
+        count = data[0]
+        if count == 0:
+            return replies, data, True
+        fields, operator, rest = data[1 : 1 + 4 * count], data[1 + 4 * count : 2 + 4 * count], data[2 + 4 * count :]
+        if not operator:
+            return replies, data, False
+        if operator not in (b"+", b"-", b"*"):
+            return replies, data, True
+        operands = [int.from_bytes(fields[at : at + 4], "little", signed=True) for at in range(0, 4 * count, 4)]
+        replies += reply_bytes(operands, operator.decode())
+        data = rest
+    return replies, b"", False
+
+
 class MemoryListener(trio.abc.Listener[trio.abc.HalfCloseableStream]):
     """A listener whose connections are memory streams.
 

@@ -1,0 +1,199 @@
+"""Servers as processes of their own, as a user starts them, and what clients and operators do to them."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+import trio
+from helpers import reply_bytes, request_bytes
+
+# Seconds after which a test hangs, even on a machine that has much else to do.
+HANGS = 30.0
+
+# What a good client asks, and what it is told.
+QUESTION = request_bytes([40, 2], "+")
+ANSWER = reply_bytes([40, 2], "+")
+
+# How the log names a client.
+PEER = r"(127\.0\.0\.1:\d+|unix)"
+
+LOG_LINE = re.compile(r"[-\d]+ [:,\d]+ (?P<level>[A-Z]+) trioproto[.\w]*: (?P<message>.*)")
+
+
+class Server:
+    """A server in a process of its own.
+
+    Attributes:
+        process: that process; with ``--workers``, their supervisor.
+        address: as the server printed it: ``127.0.0.1:9191`` or ``unix:PATH``.
+        log: the lines of its standard error, as far as they have been read.
+    """
+
+    def __init__(self, process: trio.Process, protocol: str, tls: ssl.SSLContext | None) -> None:
+        self.process = process
+        self.address = ""
+        self.log: list[str] = []
+        self._started_line = b""
+        self._question, self._answer = (QUESTION, ANSWER) if protocol == "op" else (b"hello", b"hello")
+        self._tls = tls
+
+    async def started(self) -> None:
+        """Wait until the server says where it listens."""
+        assert self.process.stdout is not None
+        line = b""
+        while not line.endswith(b"\n"):
+            more = await self.process.stdout.receive_some()
+            assert more, f"the server ended: {await self.rest_of_log()}"
+            line += more
+        self.address = line.decode().split()[-1]
+
+    async def logged(self, pattern: str) -> None:
+        """Wait until a line of the log matches."""
+        while not any(re.search(pattern, line) for line in self.log):
+            assert await self._read_log(), f"no {pattern!r} in {self.log}"
+
+    async def rest_of_log(self) -> list[str]:
+        """Wait until the server, and its workers, have closed standard error, and return all that they wrote."""
+        while await self._read_log():
+            pass
+        return self.log
+
+    async def _read_log(self) -> bool:
+        assert self.process.stderr is not None
+        more = await self.process.stderr.receive_some()
+        self._started_line += more
+        *lines, self._started_line = self._started_line.split(b"\n")
+        self.log += [line.decode() for line in lines]
+        return more != b""
+
+    async def tcp(self) -> trio.SocketStream:
+        """Connect."""
+        host, _, port = self.address.rpartition(":")
+        if host == "unix":
+            return await trio.open_unix_socket(port)
+        stream = await trio.open_tcp_stream(host, int(port))
+        return stream
+
+    async def connect(self) -> trio.abc.Stream:
+        """Connect, with TLS if that is what the server speaks."""
+        stream = await self.tcp()
+        return stream if self._tls is None else trio.SSLStream(stream, self._tls, server_hostname="localhost")
+
+    async def answers(self, stream: trio.abc.Stream) -> None:
+        """Be a good client: ask once, and insist on the answer."""
+        await stream.send_all(self._question)
+        assert await receive(stream, len(self._answer)) == self._answer
+
+    async def answers_anew(self) -> None:
+        """Be a good client who comes anew."""
+        async with await self.connect() as stream:
+            await self.answers(stream)
+
+    def memory(self) -> int:
+        """Return how much memory the process has, in KiB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0])
+
+    @contextlib.contextmanager
+    def paused(self, *pids: int) -> Iterator[None]:
+        """Stop processes around a block, this server's if none are named: they take nothing in, but lose nothing."""
+        pids = pids or (self.process.pid,)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+            while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+                time.sleep(0.001)  # it is about to be
+        try:
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+
+    def workers(self) -> list[int]:
+        """Return the workers' process ids."""
+        with contextlib.suppress(OSError):  # the supervisor has ended
+            return [int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
+        return []
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    protocol: str,
+    *options: str,
+    where: Sequence[str] = ("--port", "0"),
+    pass_fds: Sequence[int] = (),
+    tls: ssl.SSLContext | None = None,
+    complaints: Sequence[str] = (),
+) -> AsyncIterator[Server]:
+    """Run a server around a block.
+
+    After the block it must still answer, and stop with status 0 at SIGTERM, unless the block has stopped it: then it
+    must have ended with 0. It must have logged ``complaints``, which are regular expressions, and no other warning
+    or error, and nothing that is no log line, such as a traceback.
+    """
+    with trio.fail_after(HANGS):
+        process = await trio.lowlevel.open_process(
+            [sys.executable, "-m", "trioproto", protocol, *where, *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=pass_fds,
+            start_new_session=True,
+        )
+        server = Server(process, protocol, tls)
+        try:
+            await server.started()
+            yield server
+            if process.poll() is None:
+                await server.answers_anew()
+                process.terminate()
+            assert await process.wait() == 0
+            check_log(await server.rest_of_log(), complaints)
+        finally:
+            for pid in server.workers():
+                os.kill(pid, signal.SIGKILL)
+            process.kill()
+            with trio.CancelScope(shield=True):
+                await process.wait()
+
+
+def check_log(lines: Sequence[str], complaints: Sequence[str]) -> None:
+    found = []
+    for line in lines:
+        match = LOG_LINE.fullmatch(line)
+        assert match, f"no log line: {line}"
+        if match["level"] != "INFO":
+            found.append(match["message"])
+        assert "crashed" not in line or "crashed 0" in line
+    assert len(found) == len(complaints), found
+    for complaint, message in zip(complaints, found, strict=True):
+        assert re.fullmatch(complaint, message), message
+
+
+async def receive(stream: trio.abc.ReceiveStream, count: int) -> bytes:
+    """Receive ``count`` bytes, or fewer if the stream ends."""
+    received = bytearray()
+    while len(received) < count and (more := await stream.receive_some(count - len(received))):
+        received += more
+    return bytes(received)
+
+
+async def receive_all(stream: trio.abc.ReceiveStream) -> bytes:
+    """Receive until the stream ends."""
+    received = bytearray()
+    async for more in stream:
+        received += more
+    return bytes(received)
+
+
+def reset(stream: trio.SocketStream) -> None:
+    """Break the connection off, as a client does that crashes."""
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    stream.socket.close()

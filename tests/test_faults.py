@@ -1,0 +1,338 @@
+"""Clients' faults, one by one, against real server processes. What `serving` checks after each is part of the test."""
+
+import contextlib
+import random
+import resource
+import socket
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+import trustme
+from helpers import decode_by_the_table, request_bytes
+from processes import ANSWER, PEER, QUESTION, receive_all, reset, serving
+
+BOTH = pytest.mark.parametrize("protocol", ["echo", "op"])
+
+
+@BOTH
+async def test_resets(protocol: str) -> None:
+    """Clients that break off right after connecting, or in the middle of a request, harm nobody and are no news."""
+    async with serving(protocol) as server, await server.tcp() as neighbour:
+        for said in (b"", QUESTION[:-1], QUESTION * 5000 + QUESTION[:-1]):
+            for _ in range(20):
+                stream = await server.tcp()
+                await stream.send_all(said)
+                reset(stream)
+            await server.answers(neighbour)
+
+
+async def test_reset_before_accept() -> None:
+    """A connection that is reset while it waits to be accepted harms nobody and is no news."""
+    async with serving("op") as server:
+        with server.paused():
+            for said in (b"", QUESTION):
+                stream = await server.tcp()
+                await stream.send_all(said)
+                reset(stream)
+
+
+@BOTH
+async def test_half_close(protocol: str) -> None:
+    """A client that ends its side after its last request gets every reply, then end of stream."""
+    async with serving(protocol) as server, await server.tcp() as stream, trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            await stream.send_all(QUESTION * 20_000)
+            await stream.send_eof()
+
+        nursery.start_soon(ask)
+        assert await receive_all(stream) == (QUESTION if protocol == "echo" else ANSWER) * 20_000
+
+
+async def test_end_in_mid_request() -> None:
+    """A client that ends in the middle of a request gets the replies before it, and one line in the log."""
+    async with serving("op", complaints=[f"{PEER} ended in the middle of a request"]) as server:
+        async with await server.tcp() as stream:
+            await stream.send_all(QUESTION * 3 + QUESTION[:-1])
+            await stream.send_eof()
+            assert await receive_all(stream) == ANSWER * 3
+
+
+@BOTH
+async def test_client_that_never_reads(protocol: str) -> None:
+    """A client that sends and does not read takes no memory and holds up nobody; when it reads, all is there."""
+    payloads = random.Random(1).randbytes(2 * 2**20)
+    if protocol == "echo":
+        requests = payloads
+    else:
+        requests = b"".join(b"\1" + payloads[at : at + 4] + b"+" for at in range(0, len(payloads), 4))
+    with small_buffers() as listening:
+        fd = listening.fileno()
+        async with serving(protocol, where=[f"--fd={fd}"], pass_fds=[fd]) as server, await server.tcp() as stream:
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            await server.answers_anew()
+            before = server.memory()
+            sent = await send_until_stuck(stream, requests)
+            assert sent < len(requests)
+            await server.answers_anew()
+            assert server.memory() - before < 1024  # KiB
+
+            async with trio.open_nursery() as nursery:
+
+                async def send_rest() -> None:
+                    await stream.send_all(requests[sent:])
+                    await stream.send_eof()
+
+                nursery.start_soon(send_rest)
+                assert await receive_all(stream) == payloads
+
+
+@contextlib.contextmanager
+def small_buffers() -> Iterator[socket.socket]:
+    """Listen such that the kernel holds little for each connection, because connections inherit these sizes."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        yield listening
+
+
+async def send_until_stuck(stream: trio.SocketStream, data: bytes) -> int:
+    """Send until nothing has been taken for a while, and return how much was."""
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+    sent = 0
+    while sent < len(data):
+        with trio.move_on_after(0.3) as waiting:
+            sent += await stream.socket.send(data[sent : sent + 65536])
+        if waiting.cancelled_caught:
+            break
+    return sent
+
+
+async def test_slow_loris() -> None:
+    """Clients that dribble a request are ended when its time is over, each with a line; others are served meanwhile."""
+    late = f"{PEER}, awaiting the rest of a request, timed out"
+    async with serving("op", "--request-timeout", "0.5", complaints=[late] * 10) as server:
+        async with trio.open_nursery() as nursery:
+
+            async def dribble() -> None:
+                async with await server.tcp() as stream, trio.open_nursery() as both:
+
+                    async def send() -> None:
+                        for byte in request_bytes([1] * 255, "+"):
+                            await stream.send_all(bytes([byte]))
+                            await trio.sleep(0.1)
+
+                    both.start_soon(send)
+                    assert await stream.receive_some() == b""
+                    both.cancel_scope.cancel()
+
+            for _ in range(10):
+                nursery.start_soon(dribble)
+            for _ in range(10):
+                await server.answers_anew()
+
+
+async def test_idle_timeout() -> None:
+    """A client that asks nothing for too long is ended; that is no news."""
+    async with serving("op", "--idle-timeout", "0.2") as server, await server.tcp() as stream:
+        await server.answers(stream)
+        assert await stream.receive_some() == b""
+
+
+async def test_reply_timeout() -> None:
+    """A client that takes no reply for too long is ended, with a line in the log."""
+    late = f"{PEER}, awaiting room for a reply, timed out"
+    with small_buffers() as listening:
+        fd = listening.fileno()
+        async with serving(
+            "op", "--idle-timeout", "0.5", where=[f"--fd={fd}"], pass_fds=[fd], complaints=[late]
+        ) as server:
+            async with await server.tcp() as stream:
+                await send_until_stuck(stream, QUESTION * 500_000)
+                await server.logged(late)
+
+
+async def test_no_descriptors_left() -> None:
+    """Clients that come when descriptors are short wait and are served in the end; one line each says when it is short.
+
+    Meanwhile those who are connected are served, also with bulk.
+    """
+    short = "cannot accept: Too many open files; new connections wait until others have ended"
+    bulk = random.Random(2).randbytes(2**20)
+    async with serving("echo", complaints=[short]) as server, contextlib.AsyncExitStack() as stack:
+        first = await server.tcp()
+        await server.answers(first)
+        in_use = len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (in_use + 10, in_use + 10))
+        served = [await stack.enter_async_context(await server.tcp()) for _ in range(10)]
+        for stream in served:
+            await server.answers(stream)
+        waiting = [await stack.enter_async_context(await server.tcp()) for _ in range(30)]
+        await server.logged(short)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(first.send_all, bulk)
+            received = bytearray()
+            while len(received) < len(bulk):
+                received += await first.receive_some()
+            assert received == bulk
+        for stream in [first, *served]:
+            await stream.aclose()
+        for stream in waiting:
+            await server.answers(stream)
+            await stream.aclose()
+        await server.logged("accepting again")
+
+
+async def test_random_payloads() -> None:
+    """Whatever bytes come, a client gets what the protocol says, then end of stream, and never a reset."""
+    chance = random.Random(3)
+    good = request_bytes([1, 2, 3], "*")
+    payloads = [good * chance.randrange(4) + chance.randbytes(chance.randint(1, 2000)) for _ in range(40)]
+    payloads += [request_bytes([chance.randrange(2**31)], chr(chance.randrange(128))) for _ in range(40)]
+    understood = [decode_by_the_table(payload) for payload in payloads]
+    complaints = [
+        f"{PEER} sent a malformed request: .*" if malformed else f"{PEER} ended in the middle of a request"
+        for _, unfinished, malformed in understood
+        if malformed or unfinished
+    ]
+    async with serving("op", complaints=complaints) as server:
+        for payload, (replies, _, _) in zip(payloads, understood, strict=True):
+            async with await server.tcp() as stream:
+                await stream.send_all(payload)
+                await stream.send_eof()
+                assert await receive_all(stream) == replies
+
+
+@pytest.mark.parametrize("bad", [b"\0", b"\1\0\0\0\0/"], ids=["count", "operator"])
+async def test_malformed_request_behind_good_ones(bad: bytes) -> None:
+    """Fifty replies that are owed arrive, then end of stream, whatever else follows the malformed request."""
+    malformed = f"{PEER} sent a malformed request: .*"
+    async with serving("op", complaints=[malformed]) as server, await server.tcp() as stream:
+        await stream.send_all(QUESTION * 50 + bad + b"more" * 50_000)
+        await server.logged(malformed)
+        assert await receive_all(stream) == ANSWER * 50
+
+
+async def test_more_clients_than_places() -> None:
+    """With more clients than --max-connections, no more are served at once, none is refused, and all are in the end."""
+    async with serving("op", "--max-connections", "4") as server, trio.open_nursery() as nursery:
+        holding = [await server.tcp() for _ in range(4)]
+        for stream in holding:
+            await server.answers(stream)
+        late = [await server.tcp() for _ in range(40)]
+        for stream in late:
+            await stream.send_all(QUESTION)
+        with trio.move_on_after(0.2) as nobody_else:
+            await late[0].receive_some()
+        assert nobody_else.cancelled_caught
+
+        async def take_turn(stream: trio.SocketStream) -> None:
+            async with stream:
+                assert await stream.receive_some() == ANSWER
+
+        for stream in late:
+            nursery.start_soon(take_turn, stream)
+        for stream in holding:
+            await server.answers(stream)
+            await stream.aclose()
+
+
+async def test_thousands_of_idle_connections() -> None:
+    """Two thousand idle connections take little memory each, and the others are served as ever."""
+    count = 2000
+    with descriptors(count + 100):
+        async with serving("op", "--max-connections", str(count + 10)) as server, contextlib.AsyncExitStack() as stack:
+            await server.answers_anew()
+            before = server.memory()
+            for number in range(count):
+                stream = await stack.enter_async_context(await server.tcp())
+                if number % 100 == 0:  # the accept loop has caught up
+                    await server.answers(stream)
+            await server.answers_anew()
+            each = (server.memory() - before) / count
+            assert each < 8  # KiB
+            print(f"{each:.2f} KiB for each idle connection")
+            await stack.aclose()
+
+
+@contextlib.contextmanager
+def descriptors(count: int) -> Iterator[None]:
+    """Allow this process, and those that it starts, that many descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < count:
+        pytest.skip(f"this system allows {hard} descriptors, and {count} are needed")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+CA = trustme.CA()
+
+
+def trusting(ca: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    ca.configure_trust(context)
+    return context
+
+
+@pytest.fixture(scope="module")
+def tls_options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A server's options for TLS; it serves only clients with a certificate of `CA`."""
+    room = tmp_path_factory.mktemp("tls")
+    CA.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(room / "server.pem")
+    CA.cert_pem.write_to_path(room / "ca.pem")
+    return [f"--tls-cert={room / 'server.pem'}", f"--tls-client-ca={room / 'ca.pem'}"]
+
+
+def friend() -> ssl.SSLContext:
+    context = trusting(CA)
+    CA.issue_cert("client").configure_cert(context)
+    return context
+
+
+async def test_tls_client_that_says_nothing(tls_options: list[str]) -> None:
+    """A client that never shakes hands is ended when the time for it is over, with one line in the log."""
+    late = f"{PEER}, awaiting a TLS handshake, timed out"
+    async with serving("op", "--request-timeout", "0.5", *tls_options, tls=friend(), complaints=[late]) as server:
+        async with await server.tcp() as stream:
+            await server.answers_anew()
+            assert await receive_all(stream) == b""
+
+
+async def test_tls_client_that_speaks_plain(tls_options: list[str]) -> None:
+    """A client that speaks plain to a TLS server is ended, with one line in the log."""
+    broken = f"{PEER}, awaiting a TLS handshake, broke the connection: .*"
+    async with serving("op", *tls_options, tls=friend(), complaints=[broken] * 2) as server:
+        for said in (QUESTION, b"GET / HTTP/1.1\r\n\r\n"):
+            async with await server.tcp() as stream:
+                await stream.send_all(said)
+                with contextlib.suppress(trio.BrokenResourceError):
+                    await receive_all(stream)
+
+
+def stranger(*, trusts: trustme.CA = CA, certificate_of: trustme.CA | None = CA) -> ssl.SSLContext:
+    context = trusting(trusts)
+    if certificate_of is not None:
+        certificate_of.issue_cert("client").configure_cert(context)
+    return context
+
+
+@pytest.mark.parametrize(
+    "context",
+    [stranger(trusts=trustme.CA()), stranger(certificate_of=None), stranger(certificate_of=trustme.CA())],
+    ids=["trusts others", "no certificate", "certificate of others"],
+)
+async def test_tls_client_with_wrong_certificates(tls_options: list[str], context: ssl.SSLContext) -> None:
+    """Where either side does not accept the other's certificate, nothing is served, and one line says so."""
+    broken = f"{PEER}, awaiting a TLS handshake, broke the connection: .*"
+    async with serving("op", *tls_options, tls=friend(), complaints=[broken]) as server:
+        stream = trio.SSLStream(await server.tcp(), context, server_hostname="localhost")
+        with pytest.raises(trio.BrokenResourceError):
+            await server.answers(stream)
+        await trio.aclose_forcefully(stream)

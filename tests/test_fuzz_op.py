@@ -1,0 +1,40 @@
+"""A fuzz target for the op protocol's decoder. Here it runs for a bounded number of examples.
+
+Any fuzzer can drive it for longer, through ``test_decoder.hypothesis.fuzz_one_input`` (Hypothesis, "Use with external
+fuzzers").
+"""
+
+from collections.abc import Sequence
+
+from helpers import decode_by_the_table, op_requests, request_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trioproto.op import OpConnection
+
+# Noise alone hardly ever makes a request, so requests are mixed into it: whole ones, and ones that are cut short or
+# whose operator is none.
+pieces = st.one_of(
+    op_requests.map(lambda request: request_bytes(*request)),
+    st.tuples(st.integers(1, 3), st.binary(max_size=13)).map(lambda noise: bytes([noise[0]]) + noise[1]),
+    st.binary(max_size=40),
+)
+streams = st.lists(pieces, max_size=8).map(b"".join)
+
+
+@settings(max_examples=500)
+@given(streams, st.lists(st.integers(0, 300), max_size=30))
+def test_decoder(data: bytes, sizes: Sequence[int]) -> None:
+    """Whatever bytes come, and however they are cut, the replies are those of an independent decoder, and no error."""
+    op = OpConnection()
+    replies = b""
+    end = 0
+    for size in [*sizes, len(data)]:
+        start, end = end, min(end + size, len(data))
+        replies += op.receive_data(data[start:end])
+        expected, unfinished, malformed = decode_by_the_table(data[:end])
+        assert replies == expected
+        assert (op.malformed is not None) == malformed
+        if malformed:
+            return
+        assert op.unfinished == unfinished
