@@ -23,6 +23,8 @@ HANGS = 30.0
 QUESTION = request_bytes([40, 2], "+")
 ANSWER = reply_bytes([40, 2], "+")
 
+COMMAND = [sys.executable, "-m", "trioproto"]
+
 # How the log names a client.
 PEER = r"(127\.0\.0\.1:\d+|unix)"
 
@@ -36,12 +38,14 @@ class Server:
         process: that process; with ``--workers``, their supervisor.
         address: as the server printed it: ``127.0.0.1:9191`` or ``unix:PATH``.
         log: the lines of its standard error, as far as they have been read.
+        stopping: whether it was told to stop.
     """
 
     def __init__(self, process: trio.Process, protocol: str, tls: ssl.SSLContext | None) -> None:
         self.process = process
         self.address = ""
         self.log: list[str] = []
+        self.stopping = False
         self._started_line = b""
         self._question, self._answer = (QUESTION, ANSWER) if protocol == "op" else (b"hello", b"hello")
         self._tls = tls
@@ -76,12 +80,16 @@ class Server:
         return more != b""
 
     async def tcp(self) -> trio.SocketStream:
-        """Connect."""
+        """Connect, or raise what connect(2) reports."""
         host, _, port = self.address.rpartition(":")
-        if host == "unix":
-            return await trio.open_unix_socket(port)
-        stream = await trio.open_tcp_stream(host, int(port))
-        return stream
+        family, address = (socket.AF_UNIX, port) if host == "unix" else (socket.AF_INET, (host, int(port)))
+        connecting = trio.socket.socket(family)
+        try:
+            await connecting.connect(address)
+        except BaseException:
+            connecting.close()
+            raise
+        return trio.SocketStream(connecting)
 
     async def connect(self) -> trio.abc.Stream:
         """Connect, with TLS if that is what the server speaks."""
@@ -98,36 +106,30 @@ class Server:
         async with await self.connect() as stream:
             await self.answers(stream)
 
+    def stop(self, sign: signal.Signals = signal.SIGTERM) -> None:
+        """Tell the server to stop."""
+        self.stopping = True
+        self.process.send_signal(sign)
+
     def memory(self) -> int:
         """Return how much memory the process has, in KiB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0])
 
-    @contextlib.contextmanager
-    def paused(self, *pids: int) -> Iterator[None]:
-        """Stop processes around a block, this server's if none are named: they take nothing in, but lose nothing."""
-        pids = pids or (self.process.pid,)
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-            while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-                time.sleep(0.001)  # it is about to be
-        try:
-            yield
-        finally:
-            for pid in pids:
-                os.kill(pid, signal.SIGCONT)
-
     def workers(self) -> list[int]:
         """Return the workers' process ids."""
-        with contextlib.suppress(OSError):  # the supervisor has ended
-            return [int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
-        return []
+        pids: list[int] = []
+        # The kernel keeps them for each thread.
+        for children in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+            pids += map(int, children.read_text().split())
+        return pids
 
 
 @contextlib.asynccontextmanager
 async def serving(
     protocol: str,
     *options: str,
+    command: Sequence[str] = COMMAND,
     where: Sequence[str] = ("--port", "0"),
     pass_fds: Sequence[int] = (),
     tls: ssl.SSLContext | None = None,
@@ -141,7 +143,7 @@ async def serving(
     """
     with trio.fail_after(HANGS):
         process = await trio.lowlevel.open_process(
-            [sys.executable, "-m", "trioproto", protocol, *where, *options],
+            [*command, protocol, *where, *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             pass_fds=pass_fds,
@@ -151,9 +153,9 @@ async def serving(
         try:
             await server.started()
             yield server
-            if process.poll() is None:
+            if not server.stopping:
                 await server.answers_anew()
-                process.terminate()
+                server.stop()
             assert await process.wait() == 0
             check_log(await server.rest_of_log(), complaints)
         finally:
@@ -162,6 +164,20 @@ async def serving(
             process.kill()
             with trio.CancelScope(shield=True):
                 await process.wait()
+
+
+@contextlib.contextmanager
+def paused(*pids: int) -> Iterator[None]:
+    """Hold processes up around a block: they take nothing in, and lose nothing."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            time.sleep(0.001)  # it is about to be
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
 
 
 def check_log(lines: Sequence[str], complaints: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 import trio
 import trustme
 from helpers import decode_by_the_table, request_bytes
-from processes import ANSWER, PEER, QUESTION, receive_all, reset, serving
+from processes import ANSWER, PEER, QUESTION, paused, receive_all, reset, serving
 
 BOTH = pytest.mark.parametrize("protocol", ["echo", "op"])
 
@@ -32,7 +32,7 @@ async def test_resets(protocol: str) -> None:
 async def test_reset_before_accept() -> None:
     """A connection that is reset while it waits to be accepted harms nobody and is no news."""
     async with serving("op") as server:
-        with server.paused():
+        with paused(server.process.pid):
             for said in (b"", QUESTION):
                 stream = await server.tcp()
                 await stream.send_all(said)
