@@ -29,6 +29,10 @@ LINGER_BYTES = 16 * 2**20
 # request on the way. It has this many seconds, from when it was accepted, to get it here.
 FIRST_REQUEST_GRACE = 1.0
 
+# A client that always has its next request on its way is answered for this many seconds of a stop, and then ended
+# between two requests. If nothing did, the end of the grace period would: in the middle of a reply.
+LAST_REQUESTS_SECONDS = 1.0
+
 # What a connection awaits from its client, in the words of the log.
 _NOTHING = "nothing"
 _HANDSHAKE = "a TLS handshake"
@@ -62,7 +66,8 @@ class Connection:
     stream is ended first (FIN) and closed when the client has ended its side, or after `LINGER_SECONDS`.
 
     In a server's graceful stop, a wait for the next request becomes the end of the conversation; a request that is
-    partly received may be finished.
+    partly received may be finished. A client that leaves nothing to wait for is ended between two requests after
+    `LAST_REQUESTS_SECONDS`.
 
     Args:
         stream: the client's stream, of any kind. The connection takes charge of it.
@@ -105,6 +110,11 @@ class Connection:
     def peer(self) -> str:
         """The client's name, for log lines."""
         return peer_name(self._stream)
+
+    @property
+    def client_ended(self) -> bool:
+        """Whether the client has sent its last."""
+        return self._client_ended
 
     async def __aenter__(self) -> Self:
         self._drain.listen(self)
@@ -151,6 +161,8 @@ class Connection:
             if reply:
                 self._waits_for = _ROOM
                 await self._transport.send_all(reply, self._idle_timeout)
+            if self._drain.began and (reply or not mid_request) and self._heard_enough():
+                return b""
             self._waits_for = _REST if mid_request else _REQUEST
             received = await self._transport.receive(self._patience(mid_request=mid_request, another=bool(reply)))
         except _FAULTS as error:
@@ -207,6 +219,9 @@ class Connection:
         if self._request_due is None or another:
             self._request_due = now + self._request_timeout
         return max(0.0, self._request_due - now)
+
+    def _heard_enough(self) -> bool:
+        return not self._fresh and trio.current_time() >= self._drain.began_at + LAST_REQUESTS_SECONDS
 
     def _last_call(self) -> float:
         """How many seconds there are in a stop for a request to arrive: none, except for a client's first."""

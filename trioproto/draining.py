@@ -6,9 +6,12 @@ that begins. Under a server that announces none, it never does.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Protocol
+
+import trio
 
 
 class Waiter(Protocol):
@@ -23,15 +26,18 @@ class Drain:
 
     Attributes:
         began: whether the stop has begun.
+        began_at: when it has, on Trio's clock.
     """
 
     def __init__(self) -> None:
         self.began = False
+        self.began_at = math.inf
         self._waiters: set[Waiter] = set()
 
     def begin(self) -> None:
         """Begin to stop, and tell everybody who listens."""
         self.began = True
+        self.began_at = trio.current_time()
         for waiter in tuple(self._waiters):
             waiter.stop_waiting()
 

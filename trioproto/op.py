@@ -221,7 +221,7 @@ async def op_handler(stream: trio.abc.Stream, *, idle_timeout: float = 300.0, re
                 _log.warning("%s sent a malformed request: %s", connection.peer, op.malformed)
                 await connection.send(replies)
                 return
-        if op.unfinished:
+        if op.unfinished and connection.client_ended:
             _log.warning("%s ended in the middle of a request", connection.peer)
 
 
