@@ -116,13 +116,23 @@ class Server:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0])
 
-    def workers(self) -> list[int]:
-        """Return the workers' process ids."""
+    async def workers(self, count: int) -> list[int]:
+        """Wait until there are ``count`` workers, and return their process ids."""
+        while len(pids := self._children()) < count:
+            await trio.sleep(0.01)  # nobody tells of a new process
+        return pids
+
+    def _children(self) -> list[int]:
         pids: list[int] = []
         # The kernel keeps them for each thread.
         for children in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
             pids += map(int, children.read_text().split())
         return pids
+
+    def kill(self) -> None:
+        """End everything at once."""
+        for pid in [self.process.pid, *self._children()]:
+            os.kill(pid, signal.SIGKILL)
 
 
 @contextlib.asynccontextmanager
@@ -159,9 +169,8 @@ async def serving(
             assert await process.wait() == 0
             check_log(await server.rest_of_log(), complaints)
         finally:
-            for pid in server.workers():
-                os.kill(pid, signal.SIGKILL)
-            process.kill()
+            if process.poll() is None:
+                server.kill()
             with trio.CancelScope(shield=True):
                 await process.wait()
 

@@ -1,4 +1,4 @@
-"""Stopping, restarting and listening, on real server processes. What `serving` checks after each is part of the test."""
+"""Stops, restarts and listening, on real server processes. What `serving` checks after each is part of the test."""
 
 import contextlib
 import os
@@ -136,12 +136,21 @@ async def test_stop_serves_the_accept_queue() -> None:
             await stream.aclose()
 
 
+async def test_stop_serves_the_accept_queue_while_workers_start() -> None:
+    """Those who had connected when the stop began are served, even if no worker was ready yet."""
+    async with serving("op", "--workers=2") as server, contextlib.AsyncExitStack() as stack:
+        queued = [await stack.enter_async_context(await server.tcp()) for _ in range(20)]
+        server.stop()
+        for stream in queued:
+            await server.answers(stream)
+            await stream.aclose()
+
+
 async def test_stop_lets_nobody_in_who_would_not_be_served() -> None:
     """While a server stops, an attempt to connect is served or unanswered, but never accepted and then dropped."""
     async with serving("op", "--workers=2") as server, contextlib.AsyncExitStack() as stack:
-        await server.answers_anew()
         let_in = []
-        with paused(*server.workers()):  # they would stop at once, and the queue with them
+        with paused(*await server.workers(2)):  # they would stop at once, and the server with them
             server.stop()
             while True:
                 with trio.move_on_after(0.3) as attempt:
@@ -216,60 +225,50 @@ async def test_ctrl_c_with_workers() -> None:
     """Ctrl-C, which a terminal sends to the whole process group, stops all workers, calmly, with status 0."""
     async with serving("op", "--workers=2") as server, await server.tcp() as stream:
         await server.answers(stream)
-        workers = server.workers()
-        assert len(workers) == 2
+        workers = await server.workers(2)
         server.stopping = True
         os.killpg(server.process.pid, signal.SIGINT)
         assert await receive_all(stream) == b""
         await stream.aclose()
         await server.process.wait()
-        assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+        for pid in workers:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
 
 
 async def test_killed_worker() -> None:
     """Of a worker that is killed under load, only its own connections break, and another worker takes its place."""
     killed = r"worker \d ended with status -9; starting another"
     async with serving("op", "--workers=2", complaints=[killed]) as server, contextlib.AsyncExitStack() as stack:
-        await server.answers_anew()
-        victim, survivor = server.workers()
+        victim, survivor = await server.workers(2)
         connections: dict[int, list[trio.SocketStream]] = {}
         for worker, other in ((victim, survivor), (survivor, victim)):
-            with paused(other):  # so the worker gets all of these
+            with paused(other):  # so that the worker gets all of these
                 connections[worker] = [await stack.enter_async_context(await server.tcp()) for _ in range(5)]
                 for stream in connections[worker]:
                     await server.answers(stream)
 
-        async with trio.open_nursery() as nursery:
-            answered = 0
-            broken = 0
+        async def ask_for_ever(stream: trio.SocketStream) -> None:
+            while True:
+                await server.answers(stream)
 
-            async def ask(stream: trio.SocketStream) -> None:
-                nonlocal answered
-                while True:
-                    await server.answers(stream)
-                    answered += 1
+        async def ask_until_it_breaks(stream: trio.SocketStream) -> None:
+            with pytest.raises((trio.BrokenResourceError, AssertionError)):
+                await ask_for_ever(stream)
 
-            async def ask_until_broken(stream: trio.SocketStream) -> None:
-                nonlocal broken
-                with pytest.raises((trio.BrokenResourceError, AssertionError)):
-                    await ask(stream)
-                broken += 1
-                if broken == len(connections[victim]):
-                    all_broken.set()
-
-            all_broken = trio.Event()
+        async with trio.open_nursery() as untroubled:
             for stream in connections[survivor]:
-                nursery.start_soon(ask, stream)
-            for stream in connections[victim]:
-                nursery.start_soon(ask_until_broken, stream)
-            await trio.sleep(0.1)
-            os.kill(victim, signal.SIGKILL)
-            await all_broken.wait()
+                untroubled.start_soon(ask_for_ever, stream)
+            async with trio.open_nursery() as troubled:
+                for stream in connections[victim]:
+                    troubled.start_soon(ask_until_it_breaks, stream)
+                await server.answers_anew()
+                os.kill(victim, signal.SIGKILL)
             await server.logged(killed)
             for _ in range(10):
                 await server.answers_anew()
-            nursery.cancel_scope.cancel()
-        assert len(server.workers()) == 2
+            untroubled.cancel_scope.cancel()
+        await server.workers(2)
 
 
 @WORKERS

@@ -24,7 +24,8 @@ async def supervise_workers(
     too, a connection that is queued when a worker dies goes to another.
 
     Args:
-        command: a worker's command line; it serves on the descriptors of ``listening_fds``, and stops on SIGTERM.
+        command: a worker's command line; it serves on the descriptors of ``listening_fds``, writes to standard output
+            once it does, and from then on stops on SIGTERM.
         count: how many, 1 or more.
         listening_fds: descriptors of listening sockets, which the workers inherit under the same numbers.
         shutdown: set to stop.
@@ -61,13 +62,17 @@ async def _run_worker(command: Sequence[str], listening_fds: Sequence[int], shut
     """Run one worker until it ends, and return its exit status (as `subprocess.Popen.returncode`)."""
     # A process group of its own, so that a terminal's Ctrl-C reaches the supervisor alone, and it stops the workers.
     process = await trio.lowlevel.open_process(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=listening_fds, process_group=0
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, pass_fds=listening_fds, process_group=0
     )
+    assert process.stdout is not None  # noqa: S101 - for the type checker
     try:
-        async with trio.open_nursery() as nursery:
+        async with process.stdout as stdout, trio.open_nursery() as nursery:
 
             async def stop() -> None:
                 await shutdown.wait()
+                # The first that it writes is that it serves. Before that, SIGTERM would kill it, and connections that
+                # are queued might find nobody else to serve them.
+                await stdout.receive_some(1)
                 process.send_signal(signal.SIGTERM)
 
             nursery.start_soon(stop)
