@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import resource
 import signal
 import socket
 import ssl
@@ -116,10 +117,15 @@ class Server:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0])
 
+    def limit_descriptors(self, more: int) -> None:
+        """Let the process have so many descriptors ``more`` than it has."""
+        limit = len(list(Path(f"/proc/{self.process.pid}/fd").iterdir())) + more
+        resource.prlimit(self.process.pid, resource.RLIMIT_NOFILE, (limit, limit))
+
     async def workers(self, count: int) -> list[int]:
         """Wait until there are ``count`` workers, and return their process ids."""
-        while len(pids := self._children()) < count:
-            await trio.sleep(0.01)  # nobody tells of a new process
+        while len(pids := self._children()) < count:  # noqa: ASYNC110 - nobody tells of a new process
+            await trio.sleep(0.01)
         return pids
 
     def _children(self) -> list[int]:

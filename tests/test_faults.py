@@ -6,7 +6,6 @@ import resource
 import socket
 import ssl
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import trio
@@ -54,11 +53,11 @@ async def test_half_close(protocol: str) -> None:
 
 async def test_end_in_mid_request() -> None:
     """A client that ends in the middle of a request gets the replies before it, and one line in the log."""
-    async with serving("op", complaints=[f"{PEER} ended in the middle of a request"]) as server:
-        async with await server.tcp() as stream:
-            await stream.send_all(QUESTION * 3 + QUESTION[:-1])
-            await stream.send_eof()
-            assert await receive_all(stream) == ANSWER * 3
+    half = f"{PEER} ended in the middle of a request"
+    async with serving("op", complaints=[half]) as server, await server.tcp() as stream:
+        await stream.send_all(QUESTION * 3 + QUESTION[:-1])
+        await stream.send_eof()
+        assert await receive_all(stream) == ANSWER * 3
 
 
 @BOTH
@@ -113,26 +112,25 @@ async def send_until_stuck(stream: trio.SocketStream, data: bytes) -> int:
 
 async def test_slow_loris() -> None:
     """Clients that dribble a request are ended when its time is over, each with a line; others are served meanwhile."""
+
+    async def dribble(stream: trio.SocketStream) -> None:
+        for byte in request_bytes([1] * 255, "+"):
+            await stream.send_all(bytes([byte]))
+            await trio.sleep(0.1)
+
+    async def be_ended(stream: trio.SocketStream) -> None:
+        async with stream, trio.open_nursery() as nursery:
+            nursery.start_soon(dribble, stream)
+            assert await stream.receive_some() == b""
+            nursery.cancel_scope.cancel()
+
     late = f"{PEER}, awaiting the rest of a request, timed out"
-    async with serving("op", "--request-timeout", "0.5", complaints=[late] * 10) as server:
-        async with trio.open_nursery() as nursery:
-
-            async def dribble() -> None:
-                async with await server.tcp() as stream, trio.open_nursery() as both:
-
-                    async def send() -> None:
-                        for byte in request_bytes([1] * 255, "+"):
-                            await stream.send_all(bytes([byte]))
-                            await trio.sleep(0.1)
-
-                    both.start_soon(send)
-                    assert await stream.receive_some() == b""
-                    both.cancel_scope.cancel()
-
-            for _ in range(10):
-                nursery.start_soon(dribble)
-            for _ in range(10):
-                await server.answers_anew()
+    options = ["--request-timeout=0.5"]
+    async with serving("op", *options, complaints=[late] * 10) as server, trio.open_nursery() as nursery:
+        for _ in range(10):
+            nursery.start_soon(be_ended, await server.tcp())
+        for _ in range(10):
+            await server.answers_anew()
 
 
 async def test_idle_timeout() -> None:
@@ -146,17 +144,15 @@ async def test_reply_timeout() -> None:
     """A client that takes no reply for too long is ended, with a line in the log."""
     late = f"{PEER}, awaiting room for a reply, timed out"
     with small_buffers() as listening:
-        fd = listening.fileno()
-        async with serving(
-            "op", "--idle-timeout", "0.5", where=[f"--fd={fd}"], pass_fds=[fd], complaints=[late]
-        ) as server:
-            async with await server.tcp() as stream:
-                await send_until_stuck(stream, QUESTION * 500_000)
-                await server.logged(late)
+        where = [f"--fd={listening.fileno()}", "--idle-timeout=0.5"]
+        serving_it = serving("op", where=where, pass_fds=[listening.fileno()], complaints=[late])
+        async with serving_it as server, await server.tcp() as stream:
+            await send_until_stuck(stream, QUESTION * 500_000)
+            await server.logged(late)
 
 
 async def test_no_descriptors_left() -> None:
-    """Clients that come when descriptors are short wait and are served in the end; one line each says when it is short.
+    """Clients that come when descriptors are short wait and are served in the end; one line says that it is so.
 
     Meanwhile those who are connected are served, also with bulk.
     """
@@ -165,8 +161,7 @@ async def test_no_descriptors_left() -> None:
     async with serving("echo", complaints=[short]) as server, contextlib.AsyncExitStack() as stack:
         first = await server.tcp()
         await server.answers(first)
-        in_use = len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
-        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (in_use + 10, in_use + 10))
+        server.limit_descriptors(10)
         served = [await stack.enter_async_context(await server.tcp()) for _ in range(10)]
         for stream in served:
             await server.answers(stream)
@@ -255,7 +250,6 @@ async def test_thousands_of_idle_connections() -> None:
             await server.answers_anew()
             each = (server.memory() - before) / count
             assert each < 8  # KiB
-            print(f"{each:.2f} KiB for each idle connection")
             await stack.aclose()
 
 
@@ -275,63 +269,52 @@ def descriptors(count: int) -> Iterator[None]:
 CA = trustme.CA()
 
 
-def trusting(ca: trustme.CA) -> ssl.SSLContext:
+def tls_client(*, trusts: trustme.CA = CA, certificate_of: trustme.CA | None = CA) -> ssl.SSLContext:
     context = ssl.create_default_context()
-    ca.configure_trust(context)
+    trusts.configure_trust(context)
+    if certificate_of is not None:
+        certificate_of.issue_cert("client").configure_cert(context)
     return context
 
 
 @pytest.fixture(scope="module")
 def tls_options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A server's options for TLS; it serves only clients with a certificate of `CA`."""
+    """Return a server's options for TLS; it serves only clients with a certificate of `CA`."""
     room = tmp_path_factory.mktemp("tls")
     CA.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(room / "server.pem")
     CA.cert_pem.write_to_path(room / "ca.pem")
     return [f"--tls-cert={room / 'server.pem'}", f"--tls-client-ca={room / 'ca.pem'}"]
 
 
-def friend() -> ssl.SSLContext:
-    context = trusting(CA)
-    CA.issue_cert("client").configure_cert(context)
-    return context
-
-
 async def test_tls_client_that_says_nothing(tls_options: list[str]) -> None:
     """A client that never shakes hands is ended when the time for it is over, with one line in the log."""
     late = f"{PEER}, awaiting a TLS handshake, timed out"
-    async with serving("op", "--request-timeout", "0.5", *tls_options, tls=friend(), complaints=[late]) as server:
-        async with await server.tcp() as stream:
-            await server.answers_anew()
-            assert await receive_all(stream) == b""
+    tls_options = [*tls_options, "--request-timeout=0.5"]
+    async with serving("op", *tls_options, tls=tls_client(), complaints=[late]) as server, await server.tcp() as stream:
+        await server.answers_anew()
+        assert await receive_all(stream) == b""
 
 
 async def test_tls_client_that_speaks_plain(tls_options: list[str]) -> None:
     """A client that speaks plain to a TLS server is ended, with one line in the log."""
     broken = f"{PEER}, awaiting a TLS handshake, broke the connection: .*"
-    async with serving("op", *tls_options, tls=friend(), complaints=[broken] * 2) as server:
-        for said in (QUESTION, b"GET / HTTP/1.1\r\n\r\n"):
+    async with serving("op", *tls_options, tls=tls_client(), complaints=[broken] * 2) as server:
+        for said in (QUESTION * 10, b"GET / HTTP/1.1\r\n\r\n"):
             async with await server.tcp() as stream:
                 await stream.send_all(said)
                 with contextlib.suppress(trio.BrokenResourceError):
                     await receive_all(stream)
 
 
-def stranger(*, trusts: trustme.CA = CA, certificate_of: trustme.CA | None = CA) -> ssl.SSLContext:
-    context = trusting(trusts)
-    if certificate_of is not None:
-        certificate_of.issue_cert("client").configure_cert(context)
-    return context
-
-
 @pytest.mark.parametrize(
     "context",
-    [stranger(trusts=trustme.CA()), stranger(certificate_of=None), stranger(certificate_of=trustme.CA())],
+    [tls_client(trusts=trustme.CA()), tls_client(certificate_of=None), tls_client(certificate_of=trustme.CA())],
     ids=["trusts others", "no certificate", "certificate of others"],
 )
 async def test_tls_client_with_wrong_certificates(tls_options: list[str], context: ssl.SSLContext) -> None:
     """Where either side does not accept the other's certificate, nothing is served, and one line says so."""
     broken = f"{PEER}, awaiting a TLS handshake, broke the connection: .*"
-    async with serving("op", *tls_options, tls=friend(), complaints=[broken]) as server:
+    async with serving("op", *tls_options, tls=tls_client(), complaints=[broken]) as server:
         stream = trio.SSLStream(await server.tcp(), context, server_hostname="localhost")
         with pytest.raises(trio.BrokenResourceError):
             await server.answers(stream)
