@@ -161,20 +161,20 @@ class SocketTransport:
             self._waiting.deadline = trio.current_time() + patience
 
     async def relay(self, patience: float) -> None:
-        try:
-            outlet, inlet = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        except (AttributeError, OSError):  # not Linux, or no descriptors left; there is the plain way
-            await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint()
+        if not hasattr(os, "splice"):  # not Linux; there is the plain way
             return
         try:
-            moved = 1
-            while moved:
-                await trio.lowlevel.checkpoint()
-                moved = held = self._splice(self._socket.fileno(), inlet)
+            outlet, inlet = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:  # no descriptors left; likewise
+            return
+        try:
+            while held := self._splice(self._socket.fileno(), inlet):
                 while held:
                     held -= self._splice(outlet, self._socket.fileno())
                     if held:
                         await self._wait_for_room(patience)
+                await trio.lowlevel.checkpoint()
         finally:
             os.close(outlet)
             os.close(inlet)
