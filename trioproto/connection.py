@@ -192,7 +192,7 @@ class Connection:
         await trio.lowlevel.checkpoint()
 
     async def relay(self) -> None:
-        """Send back what has arrived, unseen, as long as more of it is there; do nothing where the system cannot.
+        """Send back what has arrived, unseen, for a while as long as there is more; not at all where it cannot be done.
 
         Raises:
             ClientError: as `exchange` does.

@@ -22,6 +22,8 @@ CLOSE_SECONDS = 5.0
 
 # What a relay moves in one go: what a pipe holds by default (pipe(7)).
 RELAY_SIZE = 65536
+# How often one relay goes on, if there is more, before it returns to the handler, which may have to stop.
+RELAY_TURNS = 64
 
 
 class Transport(Protocol):
@@ -59,7 +61,7 @@ class Transport(Protocol):
     async def relay(self, patience: float) -> None:
         """Send back what has arrived, unseen, until nothing more is there; or do nothing, if the system cannot.
 
-        A checkpoint for each `RELAY_SIZE` bytes.
+        At most `RELAY_TURNS` times `RELAY_SIZE` bytes, and a checkpoint after each of them.
 
         Args:
             patience: as for `send_all`, which this raises the same as.
@@ -169,7 +171,10 @@ class SocketTransport:
         except OSError:  # no descriptors left; likewise
             return
         try:
-            while held := self._splice(self._socket.fileno(), inlet):
+            for _ in range(RELAY_TURNS):
+                held = self._splice(self._socket.fileno(), inlet)
+                if not held:
+                    return
                 while held:
                     held -= self._splice(outlet, self._socket.fileno())
                     if held:
