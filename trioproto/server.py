@@ -352,6 +352,7 @@ def _borrowed_socket(listener: trio.abc.Listener[Any]) -> Iterator[socket.socket
         return
     trios = listener.socket
     borrowed = socket.socket(trios.family, trios.type, trios.proto, fileno=trios.fileno())
+    borrowed.settimeout(0)  # or else socket.setdefaulttimeout would have `accept` wait
     try:
         yield borrowed
     finally:
