@@ -296,6 +296,8 @@ class _Acceptor:
                 if listening is not None:
                     if forever:
                         await trio.lowlevel.wait_readable(listening)
+                    else:
+                        await trio.lowlevel.checkpoint()
                     empty = self._start_queued(listening)
                 else:
                     # Two listeners that are no sockets may both wait here for the last place: one is served too many.
