@@ -122,7 +122,12 @@ def inherited_listener(fd: int) -> trio.SocketListener:
         OSError: EBADF or ENOTSOCK, if there is none.
         ValueError: if it is no listening stream socket.
     """
-    return trio.SocketListener(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
+    inherited = socket.socket(fileno=fd)
+    try:
+        return trio.SocketListener(trio.socket.from_stdlib_socket(inherited))
+    except ValueError:
+        inherited.detach()  # what we cannot use is not ours to close
+        raise
 
 
 def activated_fds() -> list[int]:
