@@ -138,6 +138,6 @@ def activated_fds() -> list[int]:
     pid = os.environ.pop("LISTEN_PID", "")
     count = os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)
-    if pid != str(os.getpid()):
+    if pid != str(os.getpid()) or not count:
         return []
     return list(range(_LISTEN_FDS_START, _LISTEN_FDS_START + int(count)))
