@@ -1,0 +1,376 @@
+"""A server's graceful stop, seen by its clients: what is under way is finished, and nothing else is waited for."""
+
+import contextlib
+import logging
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
+from typing import Any
+
+import attrs
+import pytest
+import trio
+import trio.testing
+import trustme
+from helpers import MemoryListener, int32_bytes, request_bytes
+
+from trioproto import echo_handler, echo_request, op_handler, op_request, receive_exactly, serve_listeners
+from trioproto.connection import FIRST_REQUEST_GRACE, Connection
+from trioproto.draining import Drain, announced_drain, current_drain
+
+Handler = Callable[..., Awaitable[object]]
+
+LIMIT = 20  # seconds, for a test on real sockets that would otherwise hang
+ONE = request_bytes([1], "+")
+SOON = 0.1  # seconds: more than a stop takes that waits for nobody
+
+
+@attrs.frozen
+class Place:
+    """Where a server listens, and how to connect to it."""
+
+    listener: trio.abc.Listener[Any]
+    connect: Callable[[], Awaitable[trio.abc.Stream]]
+    is_closed: Callable[[], bool]
+
+
+@contextlib.asynccontextmanager
+async def memory_place() -> AsyncIterator[Place]:
+    listener = MemoryListener()
+
+    async def connect() -> trio.abc.Stream:
+        return listener.connect()
+
+    yield Place(listener, connect, lambda: listener.closed)
+
+
+@contextlib.asynccontextmanager
+async def socket_place() -> AsyncIterator[Place]:
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    connect = partial(trio.testing.open_stream_to_socket_listener, listener)
+    yield Place(listener, connect, lambda: listener.socket.fileno() == -1)
+
+
+@contextlib.asynccontextmanager
+async def tls_place() -> AsyncIterator[Place]:
+    listener = MemoryListener()
+    authority = trustme.CA()
+    client, server = ssl.create_default_context(), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.configure_trust(client)
+    authority.issue_cert("localhost").configure_cert(server)
+
+    async def connect() -> trio.abc.Stream:
+        return trio.SSLStream(listener.connect(), client, server_hostname="localhost")
+
+    yield Place(trio.SSLListener(listener, server), connect, lambda: listener.closed)
+
+
+@pytest.fixture(params=[memory_place, socket_place, tls_place], ids=["memory", "socket", "TLS"])
+async def place(request: pytest.FixtureRequest) -> AsyncIterator[Place]:
+    """Each kind of listener."""
+    async with request.param() as place:
+        yield place
+
+
+@contextlib.asynccontextmanager
+async def serving(handler: Handler, listener: trio.abc.Listener[Any]) -> AsyncIterator[trio.Event]:
+    """Run a server, and give the event that stops it; in the end, see it return."""
+    shutdown = trio.Event()
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(partial(serve_listeners, handler, [listener], shutdown=shutdown))
+            yield shutdown
+
+
+@contextlib.contextmanager
+def taking(seconds: float) -> Iterator[None]:
+    """Check how long the block takes, on Trio's clock."""
+    began = trio.current_time()
+    yield
+    assert trio.current_time() - began == pytest.approx(seconds, abs=SOON)
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """No handler crashes in these tests, and no client is at fault."""
+    yield
+    assert [record.getMessage() for record in caplog.get_records("call") if record.levelno >= logging.WARNING] == []
+
+
+# The same for sockets, memory streams and TLS, on the real clock.
+
+
+@pytest.mark.parametrize("handler", [echo_handler, op_handler])
+async def test_idle_connections_end(handler: Handler, place: Place) -> None:
+    """A client that is between two requests is shown the end of the stream at once."""
+    async with serving(handler, place.listener) as shutdown:
+        clients = [await place.connect() for _ in range(3)]
+        for client in clients:
+            await client.send_all(ONE)
+            assert await client.receive_some() != b""
+        shutdown.set()
+        for client in clients:
+            assert await client.receive_some() == b""
+            await client.aclose()
+
+
+async def test_half_a_request_is_finished(place: Place) -> None:
+    """A client that is in the middle of a request may finish it, and gets the reply, then end of stream."""
+    async with serving(op_handler, place.listener) as shutdown, await place.connect() as client:
+        await client.send_all(ONE + ONE[:3])
+        assert await client.receive_some() == int32_bytes(1)
+        shutdown.set()
+        await trio.sleep(0.2)
+        await client.send_all(ONE[3:])
+        assert await receive_exactly(client, 4) == int32_bytes(1)
+        assert await client.receive_some() == b""
+
+
+@pytest.mark.parametrize("count", [1, 1000])
+async def test_requests_that_have_arrived(count: int, place: Place) -> None:
+    """Requests whose bytes have arrived when the stop begins are answered, however many in a row."""
+    async with serving(op_handler, place.listener) as shutdown, await place.connect() as client:
+        assert await op_request(client, [1], "+") == 1
+        await client.send_all(ONE * count)
+        shutdown.set()
+        assert await receive_exactly(client, 4 * count) == int32_bytes(1) * count
+        assert await client.receive_some() == b""
+
+
+async def test_fresh_connection(place: Place) -> None:
+    """A client that has only just connected has time for its first request."""
+    async with serving(echo_handler, place.listener) as shutdown, await place.connect() as client:
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        shutdown.set()
+        await trio.sleep(FIRST_REQUEST_GRACE / 4)
+        assert await echo_request(client, b"hello") == b"hello"
+        assert await client.receive_some() == b""
+
+
+async def test_queued_connections(place: Place) -> None:
+    """Clients that wait to be accepted when the stop begins are served; then the listener is closed."""
+    clients = [await place.connect() for _ in range(20)]
+    shutdown = trio.Event()
+    shutdown.set()
+
+    async def ask(client: trio.abc.Stream) -> None:
+        async with client:
+            assert await op_request(client, [1], "+") == 1
+            assert await client.receive_some() == b""
+
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            for client in clients:
+                nursery.start_soon(ask, client)
+            stats = await serve_listeners(op_handler, [place.listener], shutdown=shutdown, max_connections=3)
+    assert (stats.accepted, stats.active, stats.crashed) == (20, 0, 0)
+    assert place.is_closed()
+
+
+async def test_reply_that_is_being_sent() -> None:
+    """A reply that its client takes slowly is finished, on a socket whose buffers hold only part of it."""
+    async with (
+        socket_place() as place,
+        serving(op_handler, place.listener) as shutdown,
+        await place.connect() as client,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(client.send_all, ONE * 200_000)
+        received = await receive_exactly(client, 4)
+        shutdown.set()
+        while chunk := await client.receive_some(50_000):
+            received += chunk
+            await trio.sleep(0.001)
+        # A stop ends between two requests; those that were not answered need not be sent.
+        nursery.cancel_scope.cancel()
+    assert received == int32_bytes(1) * (len(received) // 4)
+
+
+# How long it all takes, on a clock that jumps.
+
+
+async def serve(handler: Handler, listener: trio.abc.Listener[Any], shutdown_after: float) -> None:
+    """Run a server for so many seconds, then have it stop."""
+    shutdown = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(serve_listeners, handler, [listener], shutdown=shutdown))
+        await trio.sleep(shutdown_after)
+        shutdown.set()
+
+
+async def test_idle_takes_no_time(autojump_clock: trio.testing.MockClock) -> None:
+    """Idle clients that end their side, too, do not make the stop wait."""
+    with taking(10):
+        async with memory_place() as place, serving(echo_handler, place.listener) as shutdown:
+            clients = [await place.connect() for _ in range(3)]
+            for client in clients:
+                assert await echo_request(client, b"hello") == b"hello"
+            await trio.sleep(10)
+            shutdown.set()
+            for client in clients:
+                assert await client.receive_some() == b""
+                await client.aclose()
+
+
+@pytest.mark.parametrize("sent_at", [0.9, 1.1])
+async def test_first_request_grace(sent_at: float, autojump_clock: trio.testing.MockClock) -> None:
+    """A client's first request must be there `FIRST_REQUEST_GRACE` seconds after it was accepted, and no later."""
+    async with memory_place() as place, trio.open_nursery() as nursery:
+        client = await place.connect()
+        nursery.start_soon(serve, echo_handler, place.listener, 0.5)
+        nursery.start_soon(send_after, client, b"hello", sent_at * FIRST_REQUEST_GRACE)
+        with taking(min(sent_at, 1) * FIRST_REQUEST_GRACE):
+            assert await client.receive_some() == (b"hello" if sent_at < 1 else b"")
+        with taking(0):
+            assert await client.receive_some() == b""
+
+
+async def send_after(stream: trio.abc.Stream, data: bytes, seconds: float) -> None:
+    """Send ``data`` later; the peer may have gone."""
+    await trio.sleep(seconds)
+    with contextlib.suppress(trio.BrokenResourceError):
+        await stream.send_all(data)
+
+
+async def test_first_request_grace_is_over(autojump_clock: trio.testing.MockClock) -> None:
+    """A client that has been connected for longer than that, and has not sent anything, is idle."""
+    async with memory_place() as place, trio.open_nursery() as nursery:
+        client = await place.connect()
+        nursery.start_soon(serve, echo_handler, place.listener, 5)
+        with taking(5):
+            assert await client.receive_some() == b""
+
+
+async def test_handshake_is_finished(autojump_clock: trio.testing.MockClock) -> None:
+    """In a stop, a TLS handshake may take as long as it may otherwise, and the first request has its time."""
+    async with tls_place() as place:
+        clients = [await place.connect() for _ in range(2)]
+        late, silent = (client for client in clients if isinstance(client, trio.SSLStream))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve, partial(echo_handler, request_timeout=10), place.listener, 0.1)
+            await trio.sleep(0.8 * FIRST_REQUEST_GRACE)
+            assert await echo_request(late, b"hello") == b"hello"
+            assert await late.receive_some() == b""
+            await late.aclose()
+            await trio.sleep_until(5)
+            await silent.do_handshake()
+            with taking(0):
+                assert await silent.receive_some() == b""
+
+
+async def test_half_a_request_is_not_finished(
+    caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A client that never finishes its request holds up the stop for ``request_timeout``."""
+    async with memory_place() as place, trio.open_nursery() as nursery:
+        client = await place.connect()
+        await client.send_all(ONE[:3])
+        nursery.start_soon(serve, partial(op_handler, request_timeout=10), place.listener, 1)
+        with taking(10):
+            assert await client.receive_some() == b""
+        assert caplog.messages == ["StapledStream, awaiting the rest of a request, timed out"]
+        caplog.clear()
+
+
+# Who takes part.
+
+
+async def test_other_servers_go_on(autojump_clock: trio.testing.MockClock) -> None:
+    """Only the server that stops drains: not another one, nor `trio.serve_listeners`, where nothing ever does."""
+    shutdown = trio.Event()
+    stopping, other, trios = MemoryListener(), MemoryListener(), MemoryListener()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(serve_listeners, echo_handler, [stopping], shutdown=shutdown))
+        nursery.start_soon(serve_listeners, echo_handler, [other])
+        nursery.start_soon(trio.serve_listeners, echo_handler, [trios])
+        clients = [listener.connect() for listener in (stopping, other, trios)]
+        for client in clients:
+            assert await echo_request(client, b"hello") == b"hello"
+        await trio.sleep(10)
+        shutdown.set()
+        assert await clients[0].receive_some() == b""
+        for client in clients[1:]:
+            await trio.sleep(100)
+            assert await echo_request(client, b"hello") == b"hello"
+        nursery.cancel_scope.cancel()
+
+
+async def test_deep_below(autojump_clock: trio.testing.MockClock) -> None:
+    """A conversation takes part however deep below the server it is, in whatever task."""
+
+    async def handler(stream: trio.abc.Stream) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(echo_handler, stream)
+
+    async with memory_place() as place, trio.open_nursery() as nursery:
+        client = await place.connect()
+        nursery.start_soon(serve, handler, place.listener, 5)
+        assert await echo_request(client, b"hello") == b"hello"
+        with taking(5):
+            assert await client.receive_some() == b""
+
+
+async def test_own_handler(autojump_clock: trio.testing.MockClock) -> None:
+    """A handler of one's own that uses `Connection` takes part; `exchange` returns as at the client's end."""
+    requests = []
+    ended_by_client = []
+
+    async def handler(stream: trio.abc.Stream) -> None:
+        async with Connection(stream) as connection:
+            while request := await connection.exchange(b""):
+                requests.append(request)
+            ended_by_client.append(connection.client_ended)
+            await connection.send(b"goodbye")
+
+    async with memory_place() as place, trio.open_nursery() as nursery:
+        client = await place.connect()
+        await client.send_all(b"hello")
+        nursery.start_soon(serve, handler, place.listener, 5)
+        with taking(5):
+            assert await client.receive_some() == b"goodbye"
+            assert await client.receive_some() == b""
+    assert requests == [b"hello"]
+    assert ended_by_client == [False]
+
+
+class Waiter:
+    """Counts how often it is told."""
+
+    def __init__(self) -> None:
+        self.told = 0
+
+    def stop_waiting(self) -> None:
+        self.told += 1
+
+
+async def test_drain() -> None:
+    """Who listens is told once when the drain begins; who listens no longer is not told."""
+    with announced_drain() as drain:
+        assert current_drain() is drain
+        assert not drain.began
+        listening, gone = Waiter(), Waiter()
+        drain.listen(listening)
+        drain.listen(gone)
+        drain.unlisten(gone)
+        drain.unlisten(gone)
+        drain.begin()
+        assert drain.began
+        assert (listening.told, gone.told) == (1, 0)
+    assert current_drain() is not drain
+
+
+async def test_drain_while_others_leave() -> None:
+    """Who is told may leave, and have others leave."""
+    drain = Drain()
+
+    class Leaver(Waiter):
+        def stop_waiting(self) -> None:
+            super().stop_waiting()
+            for leaver in leavers:
+                drain.unlisten(leaver)
+
+    leavers = [Leaver(), Leaver()]
+    for leaver in leavers:
+        drain.listen(leaver)
+    drain.begin()
+    assert sum(leaver.told for leaver in leavers) >= 1
