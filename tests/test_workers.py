@@ -1,0 +1,222 @@
+"""Worker processes: kept running, stopped gracefully, and never left behind."""
+
+import contextlib
+import itertools
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from trioproto.workers import FIRST_WAIT, LONGEST_WAIT, SHORT_LIFE, supervise_workers
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and descriptors of POSIX")
+
+LIMIT = 20  # seconds, for a test that would otherwise hang
+SERVING = "echo serving"
+FOREVER = "while :; do sleep 0.01; done"
+
+
+class Workers:
+    """A command line for workers, and what they write to the pipe that they inherit.
+
+    Each writes its process ID first, and then does ``action``, in which ``$pipe`` is the pipe's path.
+    """
+
+    def __init__(self, action: str = f"{SERVING}; exec sleep 60") -> None:
+        reading, self.fd = os.pipe()
+        self._reports = trio.lowlevel.FdStream(reading)
+        self._text = b""
+        self.command = ["sh", "-c", f"pipe=/dev/fd/{self.fd}; echo $$ >$pipe; {action}"]
+
+    async def report(self) -> str:
+        """Return the next line that a worker has written."""
+        while b"\n" not in self._text:
+            self._text += await self._reports.receive_some()
+        line, _, self._text = self._text.partition(b"\n")
+        return line.decode()
+
+    async def pid(self) -> int:
+        """Return the process ID of the next worker that has begun."""
+        return int(await self.report())
+
+    async def aclose(self) -> None:
+        """Close the pipe, after checking that no worker is left that holds it, and none has written any more."""
+        os.close(self.fd)
+        assert self._text + await self._reports.receive_some() == b""
+        await self._reports.aclose()
+
+
+@contextlib.asynccontextmanager
+async def supervised(workers: Workers, count: int) -> AsyncIterator[trio.Event]:
+    """Supervise ``workers``, and give the event that stops them; in the end, see to it that none is left."""
+    shutdown = trio.Event()
+
+    async def supervise() -> None:
+        await supervise_workers(workers.command, count, listening_fds=[workers.fd], shutdown=shutdown)
+
+    with trio.fail_after(LIMIT):
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(supervise)
+                yield shutdown
+        finally:
+            with trio.CancelScope(shield=True):
+                await workers.aclose()
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, were it only a zombie."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("count", [1, 3])
+async def test_stop(count: int, caplog: pytest.LogCaptureFixture) -> None:
+    """So many workers run; a stop sends each SIGTERM, waits until all have ended, and starts no others."""
+    workers = Workers(f"trap 'sleep 0.1; echo stopped >$pipe; exit' TERM; {SERVING}; {FOREVER}")
+    async with supervised(workers, count) as shutdown:
+        pids = {await workers.pid() for _ in range(count)}
+        assert len(pids) == count
+        shutdown.set()
+        assert [await workers.report() for _ in range(count)] == ["stopped"] * count
+    assert not any(map(is_running, pids))
+    assert caplog.messages == []
+
+
+async def test_stop_while_a_worker_starts(caplog: pytest.LogCaptureFixture) -> None:
+    """A worker that does not serve yet, and would be killed by SIGTERM, is not told to stop before it does."""
+    workers = Workers(f"sleep 0.3; trap 'echo stopped >$pipe; exit' TERM; {SERVING}; {FOREVER}")
+    async with supervised(workers, 1) as shutdown:
+        await workers.pid()
+        shutdown.set()
+        assert await workers.report() == "stopped"
+    assert caplog.messages == []
+
+
+async def test_stop_before_the_start() -> None:
+    """If the stop comes first, no worker is started."""
+    workers = Workers()
+    async with supervised(workers, 2) as shutdown:
+        shutdown.set()
+
+
+async def test_stop_between_two(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A stop does not wait for the time at which a worker would be replaced."""
+    monkeypatch.setattr("trioproto.workers.FIRST_WAIT", 10 * LIMIT)
+    workers = Workers("exit 3")
+    async with supervised(workers, 1) as shutdown:
+        await workers.pid()
+        while not caplog.messages:  # noqa: ASYNC110 - there is no event for a line in the log
+            await trio.sleep(0.01)
+        shutdown.set()
+    assert caplog.messages == ["worker 1 ended with status 3; starting another"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+async def test_killed_worker_is_replaced(number: signal.Signals, caplog: pytest.LogCaptureFixture) -> None:
+    """A worker that is killed is replaced, and the others are left alone; the log says so in one line."""
+    workers = Workers()
+    async with supervised(workers, 2) as shutdown:
+        killed, other = await workers.pid(), await workers.pid()
+        os.kill(killed, number)
+        another = await workers.pid()
+        assert another not in (killed, other)
+        assert is_running(other)
+        assert not is_running(killed)
+        shutdown.set()
+    [record] = caplog.records
+    assert record.levelno == logging.ERROR
+    assert record.getMessage() in {f"worker {which} ended with status {-number}; starting another" for which in (1, 2)}
+
+
+@pytest.mark.parametrize("in_a_stop", [False, True], ids=["while they serve", "in a stop"])
+async def test_cancellation(in_a_stop: bool) -> None:  # noqa: FBT001
+    """On cancellation the workers are killed, even those that do not listen to SIGTERM."""
+    workers = Workers(f"trap '' TERM; {SERVING}; {FOREVER}")
+    with trio.CancelScope() as scope:
+        async with supervised(workers, 2) as shutdown:
+            pids = [await workers.pid() for _ in range(2)]
+            if in_a_stop:
+                shutdown.set()
+                await trio.sleep(0.1)
+            assert all(map(is_running, pids))
+            scope.cancel()
+    assert scope.cancelled_caught
+    assert not any(map(is_running, pids))
+
+
+async def test_command_that_does_not_exist() -> None:
+    """A command that cannot be started is an error, in the nursery's group."""
+    with pytest.raises(ExceptionGroup) as caught:
+        await supervise_workers(["/does/not/exist"], 2, listening_fds=[], shutdown=trio.Event())
+    assert caught.group_contains(FileNotFoundError)
+
+
+async def test_descriptors() -> None:
+    """A worker inherits the listening descriptors under their numbers, and no others; its standard input is empty."""
+    workers = Workers(f"readlink /dev/fd/0 >$pipe; echo /dev/fd/* >$pipe; {SERVING}; exec sleep 60")
+    other = os.dup(workers.fd)
+    os.set_inheritable(other, True)  # noqa: FBT003 - the standard library's
+    async with supervised(workers, 1) as shutdown:
+        await workers.pid()
+        assert await workers.report() == os.devnull
+        inherited = (await workers.report()).split()
+        assert f"/dev/fd/{workers.fd}" in inherited
+        assert f"/dev/fd/{other}" not in inherited
+        os.close(other)
+        shutdown.set()
+
+
+async def test_process_group() -> None:
+    """A worker is in a process group of its own, so that Ctrl-C in a terminal reaches the supervisor alone."""
+    workers = Workers()
+    async with supervised(workers, 1) as shutdown:
+        pid = await workers.pid()
+        assert os.getpgid(pid) == pid
+        shutdown.set()
+
+
+# When a worker is replaced, on a clock that stands still while one runs, and jumps ahead while none does.
+
+
+async def starts(lives: list[float], clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return when a worker is started, if the first one lives for ``lives[0]`` seconds, and so on."""
+    shutdown = trio.Event()
+    times: list[float] = []
+    open_process = trio.lowlevel.open_process
+
+    async def note_and_open(*args: Any, **kwargs: Any) -> trio.Process:
+        process = await open_process(*args, **kwargs)
+        times.append(trio.current_time())
+        clock.jump(lives[len(times) - 1])
+        if len(times) == len(lives):
+            shutdown.set()
+        return process
+
+    monkeypatch.setattr(trio.lowlevel, "open_process", note_and_open)
+    await supervise_workers(["true"], 1, listening_fds=[], shutdown=shutdown)
+    return times
+
+
+async def test_short_lives(autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that end too soon are replaced after waits that double, up to a bound."""
+    times = await starts([0.0] * 13, autojump_clock, monkeypatch)
+    waits = [after - before for before, after in itertools.pairwise(times)]
+    assert waits == pytest.approx([min(FIRST_WAIT * 2**number, LONGEST_WAIT) for number in range(12)])
+    assert waits[-1] == pytest.approx(LONGEST_WAIT)
+
+
+async def test_long_lives(autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that has lived for `SHORT_LIFE` seconds is replaced at once, and the waits begin anew."""
+    lives = [0, 0, SHORT_LIFE, 1000, 0, 0, 0]
+    times = await starts(lives, autojump_clock, monkeypatch)
+    waits = [after - before - life for (before, after), life in zip(itertools.pairwise(times), lives, strict=False)]
+    assert waits == pytest.approx([FIRST_WAIT, 2 * FIRST_WAIT, 0, 0, FIRST_WAIT, 2 * FIRST_WAIT])
