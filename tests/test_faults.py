@@ -204,11 +204,12 @@ async def test_random_payloads() -> None:
 
 @pytest.mark.parametrize("bad", [b"\0", b"\1\0\0\0\0/"], ids=["count", "operator"])
 async def test_malformed_request_behind_good_ones(bad: bytes) -> None:
-    """Fifty replies that are owed arrive, then end of stream, whatever else follows the malformed request."""
+    """Fifty replies that are owed arrive, then end of stream, whatever more the client has sent and still sends."""
     malformed = f"{PEER} sent a malformed request: .*"
     async with serving("op", complaints=[malformed]) as server, await server.tcp() as stream:
         await stream.send_all(QUESTION * 50 + bad + b"more" * 50_000)
         await server.logged(malformed)
+        await stream.send_all(b"and more" * 500_000)
         assert await receive_all(stream) == ANSWER * 50
 
 

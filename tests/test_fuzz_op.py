@@ -7,7 +7,7 @@ fuzzers").
 from collections.abc import Sequence
 
 from helpers import decode_by_the_table, op_requests, request_bytes
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trioproto.op import OpConnection
@@ -22,6 +22,7 @@ pieces = st.one_of(
 streams = st.lists(pieces, max_size=8).map(b"".join)
 
 
+@example(request_bytes([1] * 255, "-"), [1021])  # as long as a request can be
 @settings(max_examples=500)
 @given(streams, st.lists(st.integers(0, 300), max_size=30))
 def test_decoder(data: bytes, sizes: Sequence[int]) -> None:

@@ -125,12 +125,29 @@ async def test_stop_under_load_of_those_who_come_and_go(workers: str) -> None:
         server.stop()
 
 
+async def test_stop_serves_those_who_have_just_connected() -> None:
+    """Those who had connected when the stop began, and ask at once, are served."""
+    async with serving("op") as server, await server.tcp() as idle, contextlib.AsyncExitStack() as stack:
+        await server.answers(idle)
+        fresh = [await stack.enter_async_context(await server.tcp()) for _ in range(20)]
+        server.stop()
+        assert await receive_all(idle) == b""  # the stop has begun
+        for stream in fresh:
+            await server.answers(stream)
+            await stream.aclose()
+
+
 async def test_stop_serves_the_accept_queue() -> None:
-    """Those who had connected when the stop began are served, if they ask at once."""
-    async with serving("op") as server, contextlib.AsyncExitStack() as stack:
-        with paused(server.process.pid):
-            queued = [await stack.enter_async_context(await server.tcp()) for _ in range(50)]
-            server.stop()
+    """Those who wait for a place when the stop begins are served when it does."""
+    async with serving("op", "--max-connections=2") as server, contextlib.AsyncExitStack() as stack:
+        idle = [await stack.enter_async_context(await server.tcp()) for _ in range(2)]
+        for stream in idle:
+            await server.answers(stream)
+        queued = [await stack.enter_async_context(await server.tcp()) for _ in range(20)]
+        server.stop()
+        for stream in idle:
+            assert await receive_all(stream) == b""
+            await stream.aclose()
         for stream in queued:
             await server.answers(stream)
             await stream.aclose()
