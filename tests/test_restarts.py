@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -221,21 +222,39 @@ async def test_stop_with_stuck_clients() -> None:
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-@WORKERS
-async def test_second_signal(workers: str, first: signal.Signals) -> None:
+async def test_second_signal(first: signal.Signals) -> None:
     """A second SIGTERM or SIGINT ends the server at once, with status 0, whoever is in the middle of a request."""
-    async with serving("op", "--grace=60", workers) as server, contextlib.AsyncExitStack() as stack:
-        for _ in range(10):  # some with each worker
-            stream = await stack.enter_async_context(await server.tcp())
-            await stream.send_all(QUESTION + QUESTION[:-1])
-            assert await receive(stream, 4) == ANSWER
-        idle = await stack.enter_async_context(await server.tcp())
+    async with serving("op", "--grace=60") as server, await server.tcp() as stream, await server.tcp() as idle:
         await server.answers(idle)
+        await stream.send_all(QUESTION + QUESTION[:-1])
+        assert await receive(stream, len(ANSWER)) == ANSWER
         server.stop(first)
         assert await receive_all(idle) == b""  # the stop has begun
         server.stop()
         with trio.fail_after(HANGS / 2):
             await server.process.wait()
+
+
+async def test_second_signal_with_workers() -> None:
+    """A second signal ends all workers at once, whoever is in the middle of a request."""
+    async with serving("op", "--workers=2", "--grace=60") as server, contextlib.AsyncExitStack() as stack:
+        workers = await server.workers(2)
+        for worker in workers:
+            [stream, idle, *_] = await connect_past(server, stack, worker)
+            await stream.send_all(QUESTION + QUESTION[:-1])
+            assert await receive(stream, len(ANSWER)) == ANSWER
+        server.stop()
+        assert await receive_all(idle) == b""  # the stop has begun
+        server.stop()
+        with trio.fail_after(HANGS / 2):
+            await server.process.wait()
+        check_gone(workers)
+
+
+def check_gone(pids: Sequence[int]) -> None:
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 async def test_ctrl_c_with_workers() -> None:
@@ -248,9 +267,16 @@ async def test_ctrl_c_with_workers() -> None:
         assert await receive_all(stream) == b""
         await stream.aclose()
         await server.process.wait()
-        for pid in workers:
-            with pytest.raises(ProcessLookupError):
-                os.kill(pid, 0)
+        check_gone(workers)
+
+
+async def connect_past(server: Server, stack: contextlib.AsyncExitStack, worker: int) -> list[trio.SocketStream]:
+    """Connect five clients, all to the worker that is not ``worker``."""
+    with paused(worker):
+        streams = [await stack.enter_async_context(await server.tcp()) for _ in range(5)]
+        for stream in streams:
+            await server.answers(stream)
+    return streams
 
 
 async def test_killed_worker() -> None:
@@ -258,12 +284,7 @@ async def test_killed_worker() -> None:
     killed = r"worker \d ended with status -9; starting another"
     async with serving("op", "--workers=2", complaints=[killed]) as server, contextlib.AsyncExitStack() as stack:
         victim, survivor = await server.workers(2)
-        connections: dict[int, list[trio.SocketStream]] = {}
-        for worker, other in ((victim, survivor), (survivor, victim)):
-            with paused(other):  # so that the worker gets all of these
-                connections[worker] = [await stack.enter_async_context(await server.tcp()) for _ in range(5)]
-                for stream in connections[worker]:
-                    await server.answers(stream)
+        theirs, others = [await connect_past(server, stack, other) for other in (survivor, victim)]
 
         async def ask_for_ever(stream: trio.SocketStream) -> None:
             while True:
@@ -274,10 +295,10 @@ async def test_killed_worker() -> None:
                 await ask_for_ever(stream)
 
         async with trio.open_nursery() as untroubled:
-            for stream in connections[survivor]:
+            for stream in others:
                 untroubled.start_soon(ask_for_ever, stream)
             async with trio.open_nursery() as troubled:
-                for stream in connections[victim]:
+                for stream in theirs:
                     troubled.start_soon(ask_until_it_breaks, stream)
                 await server.answers_anew()
                 os.kill(victim, signal.SIGKILL)
@@ -394,3 +415,31 @@ async def test_stale_unix_socket(tmp_path: Path) -> None:
     async with serving("op", where=["--unix", str(path)]):
         assert path.stat().st_mode & 0o777 == 0o600
     assert not path.exists()
+
+
+async def test_unix_socket_that_another_has_replaced(tmp_path: Path) -> None:
+    """A server removes no file at its stop but its own."""
+    path = tmp_path / "op"
+    with socket.socket(socket.AF_UNIX) as another:
+        async with serving("op", where=["--unix", str(path)]) as server:
+            path.unlink()
+            another.bind(str(path))
+            server.stop()
+        assert path.is_socket()
+
+
+async def test_unix_socket_whose_file_is_gone(tmp_path: Path) -> None:
+    """A server whose file somebody has removed stops as calmly as any."""
+    path = tmp_path / "op"
+    async with serving("op", where=["--unix", str(path)]) as server:
+        path.unlink()
+        server.stop()
+
+
+async def test_unix_path_that_is_no_socket(tmp_path: Path) -> None:
+    """A file that is no socket is never replaced, and a directory that is not there never made."""
+    path = tmp_path / "precious"
+    path.write_text("data")
+    assert "Address already in use" in await fails("op", "--unix", str(path))
+    assert path.read_text() == "data"
+    assert "No such file or directory" in await fails("op", "--unix", str(tmp_path / "nowhere" / "op"))
