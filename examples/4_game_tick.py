@@ -1,0 +1,234 @@
+"""A game server's tick: the world goes out to every player on schedule, whether anyone connects or not.
+
+This is what a timeout on ``accept()`` is for. The game: players stand on a field, and send ``<``, ``>``, ``^`` or ``v``
+to move. At each tick everybody moves, by one step at most, and is sent the world: the whole field, as text.
+
+Run it; two players and a crowd play by themselves for 3 seconds::
+
+    python examples/4_game_tick.py
+
+Look at the columns "due" and "came": nothing delays a tick, neither a crowd that connects at once nor player B, who
+receives nothing for a while. Then look at what B was sent after that: not the worlds of the past, but the newest one.
+
+Or play yourself, in two or more terminals, against a server in another one (Ctrl-C ends each)::
+
+    python examples/4_game_tick.py 9192
+    stty -icanon -echo; nc 127.0.0.1 9192; stty sane
+"""
+
+import functools
+import itertools
+import re
+import socket
+import string
+import sys
+
+import attrs
+import trio
+
+from trioproto import ServerStats, serve_listeners
+
+TICK = 0.125  # seconds; a float holds all its multiples exactly
+WIDTH, HEIGHT = 60, 8
+STEPS = {"<": (-1, 0), ">": (1, 0), "^": (0, -1), "v": (0, 1)}
+MAX_PLAYERS = 26  # one for each letter
+
+# A player who takes nothing of a world for so many seconds is let go.
+PATIENCE = 10.0
+
+# What waits in the kernel's buffers is old when it arrives, so a game asks for small ones, in bytes. Linux gives two to
+# four times as many, and needs much of that for itself.
+BUFFER_SIZE = 1024
+
+CLEAR = "\x1b[2J\x1b[H"  # a terminal's screen; the next world is drawn over the last one
+
+
+@attrs.define
+class Player:
+    """Where a player stands, the step to take at the next tick, and the tick whose world is being sent."""
+
+    x: int
+    y: int
+    step: tuple[int, int] = (0, 0)
+    sending: int | None = None
+
+
+class World:
+    """The field. What players send is noted at once, but only a tick moves them."""
+
+    def __init__(self) -> None:
+        self.players: dict[str, Player] = {}
+        self.number = 0
+        self.ticked = trio.Event()
+
+    def enter(self) -> str:
+        """Put a new player on the field, and return the player's letter."""
+        letter = next(letter for letter in string.ascii_uppercase if letter not in self.players)
+        self.players[letter] = Player(WIDTH // 2, HEIGHT // 2)
+        return letter
+
+    async def tick(self, stats: ServerStats) -> None:
+        """Move everybody, and wake all who wait for the new world. Waits for nobody, so nobody can hold it up."""
+        self.number = int(stats.uptime / TICK)  # by the clock: should the machine stand still, ticks are left out
+        for player in self.players.values():
+            player.x = min(max(player.x + player.step[0], 0), WIDTH - 1)
+            player.y = min(max(player.y + player.step[1], 0), HEIGHT - 1)
+            player.step = (0, 0)
+        self.ticked.set()
+        self.ticked = trio.Event()  # for the next tick
+        await trio.lowlevel.checkpoint()
+
+    def draw(self) -> str:
+        """Return the world as it is sent."""
+        rows = [["."] * WIDTH for _ in range(HEIGHT)]
+        for letter, player in self.players.items():
+            rows[player.y][player.x] = letter
+        return f"{CLEAR}tick {self.number}\n" + "".join(f"{''.join(row)}\n" for row in rows)
+
+
+async def play(world: World, stream: trio.abc.Stream) -> None:
+    """Serve one player: moves come in and worlds go out, each at its own pace."""
+    letter = world.enter()
+    player = world.players[letter]
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send_worlds, world, player, stream)
+            async for data in stream:
+                for key in data.decode(errors="replace"):
+                    player.step = STEPS.get(key, player.step)
+            nursery.cancel_scope.cancel()
+    except* (trio.BrokenResourceError, trio.TooSlowError):
+        pass  # an ordinary way to leave
+    finally:
+        del world.players[letter]
+
+
+async def send_worlds(world: World, player: Player, stream: trio.abc.Stream) -> None:
+    """Wait for a tick, send the world, and so on.
+
+    Only this task waits for a slow player, and no queue grows: worlds of ticks that pass meanwhile are not sent.
+    """
+    while True:
+        await world.ticked.wait()
+        player.sending = world.number
+        with trio.fail_after(PATIENCE):
+            await stream.send_all(world.draw().encode())
+        player.sending = None
+
+
+async def listen(port: int) -> trio.SocketListener:
+    """Listen on 127.0.0.1, with a small output buffer for each connection."""
+    (listener,) = await trio.open_tcp_listeners(port, host="127.0.0.1")
+    listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_SIZE)  # connections inherit it
+    return listener
+
+
+async def serve(world: World, listener: trio.SocketListener) -> None:
+    """Serve the game until cancelled: players in tasks of their own, and a tick from the accept loop."""
+    handler = functools.partial(play, world)
+    await serve_listeners(handler, [listener], tick=TICK, on_tick=world.tick, max_connections=MAX_PLAYERS)
+
+
+# That was the server. What follows is the demonstration: a look at the clock, and players.
+
+
+class WatchedWorld(World):
+    """Prints a line at each tick."""
+
+    async def tick(self, stats: ServerStats) -> None:
+        """Tick, and print when it was due, when it came, and who has not taken an older world yet."""
+        behind = [
+            f"{letter} (tick {player.sending})" for letter, player in self.players.items() if player.sending is not None
+        ]
+        await super().tick(stats)
+        due = self.number * TICK
+        print(f"{self.number:5} {due:7.3f} {stats.uptime:7.3f} {len(self.players):8}  {', '.join(behind)}".rstrip())
+
+
+async def player(port: int, keys: str, *, joins: float, sleeps: float = 0.0, leaves: float) -> str:
+    """Play: send one of ``keys`` after the other, twice as fast as the ticks, and receive worlds.
+
+    Args:
+        port: the server's.
+        keys: what to send, over and over.
+        joins: when, in seconds from now.
+        sleeps: how many seconds to receive nothing at first.
+        leaves: when, in seconds from now.
+
+    Returns:
+        What was received.
+    """
+    leaving = trio.current_time() + leaves
+    await trio.sleep(joins)
+    connecting = trio.socket.socket()
+    connecting.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_SIZE)
+    await connecting.connect(("127.0.0.1", port))
+    received = b""
+    async with trio.SocketStream(connecting) as stream, trio.open_nursery() as nursery:
+        nursery.cancel_scope.deadline = leaving
+
+        async def press_keys() -> None:
+            for key in itertools.cycle(keys):
+                await stream.send_all(key.encode())
+                await trio.sleep(TICK / 2)
+
+        nursery.start_soon(press_keys)
+        await trio.sleep(sleeps)
+        async for data in stream:
+            received += data
+    return received.decode()
+
+
+def ticks(received: str) -> str:
+    """Name the ticks whose worlds are in what a player received, such as ``1 to 3, 7 to 8``."""
+    numbers = [int(number) for number in re.findall(r"tick (\d+)\n", received)]
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    return ", ".join(f"{start} to {end}" for start, end in zip(starts, ends, strict=True))
+
+
+async def demonstrate() -> None:
+    """Play for 3 seconds, and say what A and B received."""
+    print(f"A tick every {TICK} seconds, though nobody is there yet.\n")
+    print(" tick     due    came  players  still being sent an older world")
+    received = {}
+    listener = await listen(0)  # a port that is free
+    port = listener.socket.getsockname()[1]
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve, WatchedWorld(), listener)
+
+        async def watch(name: str, keys: str, *, joins: float, sleeps: float = 0.0) -> None:
+            received[name] = await player(port, keys, joins=joins, sleeps=sleeps, leaves=2.95)
+
+        async with trio.open_nursery() as players:
+            players.start_soon(functools.partial(watch, "A", ">", joins=0.3))
+            players.start_soon(functools.partial(watch, "B", "<", joins=0.55, sleeps=1.9))
+            for number in range(20):  # a crowd, all at once
+                keys = "<>^v"[number % 4 :] + "<>^v"[: number % 3]
+                players.start_soon(functools.partial(player, port, keys, joins=1.3, leaves=2.95))
+        nursery.cancel_scope.cancel()
+
+    print(f"\nA received ticks {ticks(received['A'])}.")
+    print(f"B, who slept, received ticks {ticks(received['B'])}.")
+    print("\nWhat A received last:\n\n" + received["A"].rpartition(CLEAR)[2], end="")
+
+
+async def host(port: int) -> None:
+    """Serve players from outside until interrupted."""
+    try:
+        listener = await listen(port)
+    except OSError as error:
+        sys.exit(f"4_game_tick.py: cannot listen on port {port}: {error.strerror}: choose another")
+    print(f"to play: stty -icanon -echo; nc 127.0.0.1 {port}; stty sane", flush=True)
+    await serve(World(), listener)
+
+
+if __name__ == "__main__":
+    try:
+        if sys.argv[1:]:
+            trio.run(host, int(sys.argv[1]))
+        else:
+            trio.run(demonstrate)
+    except* KeyboardInterrupt:
+        pass

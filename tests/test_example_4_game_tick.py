@@ -1,0 +1,169 @@
+import re
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from trioproto import ServerStats
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "4_game_tick.py"
+example = runpy.run_path(str(EXAMPLE))
+
+TICK = example["TICK"]
+
+
+async def tick(world: object, number: int) -> None:
+    """One tick, as the server would make it."""
+    await trio.testing.wait_all_tasks_blocked()
+    await world.tick(ServerStats(accepted=0, active=0, crashed=0, uptime=number * TICK))  # type: ignore[attr-defined]
+    await trio.testing.wait_all_tasks_blocked()
+
+
+async def worlds(stream: trio.abc.ReceiveStream, received: list[int]) -> None:
+    """Receive worlds, and note the numbers of their ticks."""
+    async for data in stream:
+        received += map(int, re.findall(rb"tick (\d+)\n", data))
+
+
+async def test_player_who_receives_nothing_holds_up_neither_the_tick_nor_the_others(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Worlds go to those who take them, and who takes one late is sent the newest next and none in between."""
+    world = example["World"]()
+    # Streams without any buffer: a send waits until the other side receives.
+    quick, served_quick = trio.testing.lockstep_stream_pair()
+    slow, served_slow = trio.testing.lockstep_stream_pair()
+    quick_received: list[int] = []
+    slow_received: list[int] = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(example["play"], world, served_quick)
+        nursery.start_soon(example["play"], world, served_slow)
+        nursery.start_soon(worlds, quick, quick_received)
+        for number in range(1, 6):
+            await tick(world, number)
+        assert trio.current_time() == 0
+        assert quick_received == [1, 2, 3, 4, 5]
+
+        nursery.start_soon(worlds, slow, slow_received)
+        await tick(world, 6)
+        await tick(world, 7)
+        assert slow_received == [1, 6, 7]
+        nursery.cancel_scope.cancel()
+
+
+async def test_player_who_takes_nothing_is_let_go(autojump_clock: trio.testing.MockClock) -> None:
+    """A player who takes nothing of a world for 10 seconds leaves the game; the others stay."""
+    world = example["World"]()
+    quick, served_quick = trio.testing.lockstep_stream_pair()
+    _stuck, served_stuck = trio.testing.lockstep_stream_pair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(example["play"], world, served_quick)
+        nursery.start_soon(worlds, quick, [])
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(example["play"], world, served_stuck)
+        await tick(world, 1)
+        await trio.sleep(9.9)
+        assert set(world.players) == {"A", "B"}
+        await trio.sleep(0.2)
+        assert set(world.players) == {"A"}
+        nursery.cancel_scope.cancel()
+
+
+async def test_moves_are_made_by_ticks_one_step_each() -> None:
+    """However fast a player sends, a tick moves the player one step; walls hold, and other bytes are nothing."""
+    world = example["World"]()
+    client, served = trio.testing.memory_stream_pair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(example["play"], world, served)
+        await client.send_all(b">>>\n\xff?")
+        await tick(world, 1)
+        await tick(world, 2)
+        assert (world.players["A"].x, world.players["A"].y) == (31, 4)
+        for number in range(3, 10):
+            await client.send_all(b"v")
+            await tick(world, number)
+        assert (world.players["A"].x, world.players["A"].y) == (31, 7)
+        nursery.cancel_scope.cancel()
+
+
+async def test_player_who_breaks_off_leaves_the_field() -> None:
+    """A player who vanishes is gone from the world, without an error."""
+    world = example["World"]()
+    client, served = trio.testing.memory_stream_pair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(example["play"], world, served)
+        await tick(world, 1)
+        assert "A" in world.draw()
+        await client.aclose()
+        await tick(world, 2)
+    assert "A" not in world.draw()
+
+
+async def test_player_too_many_waits_for_a_letter() -> None:
+    """When all 26 letters are taken, the next player waits until one leaves, and gets that one's letter."""
+    world = example["World"]()
+    with trio.fail_after(20):
+        listener = await example["listen"](0)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(example["serve"], world, listener)
+            address = listener.socket.getsockname()
+            players = [await trio.open_tcp_stream(*address) for _ in range(26)]
+            for player in players:
+                await player.receive_some(1)
+            late = await trio.open_tcp_stream(*address)
+            with trio.move_on_after(3 * TICK) as waiting:
+                await late.receive_some(1)
+            assert waiting.cancelled_caught
+            assert len(world.players) == 26
+
+            letters = set(world.players)
+            await players.pop().aclose()
+            assert await late.receive_some(1)
+            assert set(world.players) == letters
+
+            for player in [*players, late]:
+                await player.aclose()
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how much a kernel buffers is different elsewhere")
+def test_example_shows_ticks_on_schedule_and_the_slow_player_who_skips_some() -> None:
+    """Ticks come before anyone connects and while B sleeps; A receives all of them, B the newest."""
+    run = subprocess.run([sys.executable, EXAMPLE], check=True, capture_output=True, text=True, timeout=30)
+
+    rows = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+) +(\d+)(.*)$", run.stdout, re.MULTILINE)
+    numbers = [int(row[0]) for row in rows]
+    assert all(float(due) == int(number) * TICK <= float(came) for number, due, came, *_ in rows)
+    assert [row[3] for row in rows[:2]] == ["0", "0"]
+    assert "22" in [row[3] for row in rows]
+    assert any("B (tick " in row[4] for row in rows)
+    assert not any("A (tick " in row[4] for row in rows)
+    received = {
+        name: [
+            number
+            for first, last in re.findall(r"(\d+) to (\d+)", spans)
+            for number in range(int(first), int(last) + 1)
+        ]
+        for name, spans in re.findall(r"^([AB]).* received ticks (.*)\.$", run.stdout, re.MULTILINE)
+    }
+    assert received["A"] == numbers[numbers.index(received["A"][0]) :]
+    assert received["B"][-1] == numbers[-1]
+    assert set(received["B"]) < set(numbers[numbers.index(received["B"][0]) :])
+    assert max(map(len, run.stdout.splitlines())) <= 80
+
+
+def test_port_in_use_is_one_line() -> None:
+    """A port that is taken is said in one line."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, EXAMPLE, str(port)], capture_output=True, text=True, timeout=30, check=False
+        )
+
+    assert done.returncode == 1
+    assert done.stderr == f"4_game_tick.py: cannot listen on port {port}: Address already in use: choose another\n"
