@@ -1,0 +1,68 @@
+import functools
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import trio
+
+from trioproto import receive_exactly, serve_tcp
+from trioproto.testing import converse, fragmentations
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "5_inside_an_app.py"
+example = runpy.run_path(str(EXAMPLE))
+
+shout_handler = example["shout_handler"]
+
+
+async def test_lines_come_back_in_capitals_however_they_are_cut() -> None:
+    """The app's own handler answers each line, in every fragmentation, and an unfinished line not at all."""
+    for cuts in fragmentations(10):
+        assert await converse(shout_handler, b"ab\n\nc d\nef", cuts) == b"AB\n\nC D\n"
+
+
+async def test_long_line_is_cut_off_however_it_is_cut() -> None:
+    """Of a line, 1000 bytes come back, in one piece or in many."""
+    sent = 1500 * b"a" + b"\n" + 1000 * b"b" + b"\n"
+    for cuts in (1, 7, 999, 1000, 1001, ()):
+        assert await converse(shout_handler, sent, cuts) == 1000 * b"A" + b"\n" + 1000 * b"B" + b"\n"
+
+
+async def test_own_handler_ends_between_two_lines_when_the_server_stops() -> None:
+    """A client that has its reply, and has not begun another line, does not keep a stopping server."""
+    shutdown = trio.Event()
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            serve = functools.partial(serve_tcp, shout_handler, 0, host="127.0.0.1", shutdown=shutdown)
+            (listener,) = await nursery.start(serve)
+            client = await trio.open_tcp_stream(*listener.socket.getsockname())
+            await client.send_all(b"hello\n")
+            assert await receive_exactly(client, 6) == b"HELLO\n"
+            shutdown.set()
+            assert await client.receive_some() == b""
+            await client.aclose()
+
+
+def test_example_shows_what_the_stop_is_to_each_client() -> None:
+    """After SIGTERM the idle client is let go, requests under way get their replies, and the rest is cut off."""
+    run = subprocess.run([sys.executable, EXAMPLE], check=True, capture_output=True, text=True, timeout=30)
+
+    assert run.stderr == ""
+    lines = run.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    said = [line[8:].split(maxsplit=1) for line in lines]
+    stop = said.index(["app", "is sent SIGTERM"])
+    assert ["idle", "from echo: b'hello'"] in said[:stop]
+    after = {who: [what for other, what in said[stop + 1 :] if other == who] for who, _ in said}
+    assert after == {
+        "idle": ["end of stream"],
+        "busy": [r"to op: b'\x02\x00\x00\x00+', the rest of it", r"from op: b'*\x00\x00\x00'", "end of stream"],
+        "slow": [r"to shout: b'one\n', the rest of it", r"from shout: b'WELL DONE\n'", "end of stream"],
+        "late": ["cannot connect any more"],
+        "stuck": ["end of stream"],
+        "app": [
+            "logs: the grace period of 1.0 s is over: cancelled what was left",
+            "has ended, and every connection with it",
+        ],
+    }
+    assert said.index(["idle", "end of stream"]) < said.index(["busy", "end of stream"])
