@@ -1,11 +1,13 @@
 """Worker processes: kept running, stopped gracefully, and never left behind."""
 
 import contextlib
+import functools
 import itertools
 import logging
 import os
 import signal
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,14 +162,52 @@ async def test_command_that_does_not_exist() -> None:
     assert caught.group_contains(FileNotFoundError)
 
 
+async def test_command_that_is_gone(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker that cannot be started again, but could be once, is tried again, and the others live on."""
+    command = tmp_path / "worker"
+    command.write_text("#!/bin/sh\nrm $0\n")
+    command.chmod(0o700)
+    shutdown = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(functools.partial(supervise_workers, [str(command)], 1, listening_fds=[], shutdown=shutdown))
+        while "trying again" not in caplog.text:  # noqa: ASYNC110 - a log has no event
+            await trio.sleep(FIRST_WAIT)
+        shutdown.set()
+    assert "worker 1 cannot be started: No such file or directory; trying again" in caplog.messages
+
+
+async def test_worker_that_hangs() -> None:
+    """A worker that does not stop in time is killed."""
+    workers = Workers(f"trap '' TERM; {SERVING}; {FOREVER}")
+    shutdown = trio.Event()
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(
+                functools.partial(
+                    supervise_workers,
+                    workers.command,
+                    1,
+                    listening_fds=[workers.fd],
+                    shutdown=shutdown,
+                    patience=0.1,
+                )
+            )
+            pid = await workers.pid()
+            shutdown.set()
+    assert not is_running(pid)
+    await workers.aclose()
+
+
 async def test_descriptors() -> None:
-    """A worker inherits the listening descriptors under their numbers, and no others; its standard input is empty."""
+    """A worker inherits the listening descriptors under their numbers, and no others; its standard input is a pipe."""
     workers = Workers(f"readlink /dev/fd/0 >$pipe; echo /dev/fd/* >$pipe; {SERVING}; exec sleep 60")
     other = os.dup(workers.fd)
     os.set_inheritable(other, True)  # noqa: FBT003 - the standard library's
     async with supervised(workers, 1) as shutdown:
         await workers.pid()
-        assert await workers.report() == os.devnull
+        assert (await workers.report()).startswith("pipe:")
         inherited = (await workers.report()).split()
         assert f"/dev/fd/{workers.fd}" in inherited
         assert f"/dev/fd/{other}" not in inherited

@@ -88,7 +88,13 @@ async def _serve(args: argparse.Namespace) -> None:
         async def supervise(shutdown: trio.Event) -> None:
             fds = [listener.socket.fileno() for listener in listeners]
             try:
-                await supervise_workers(_worker_command(args, fds), args.workers, listening_fds=fds, shutdown=shutdown)
+                await supervise_workers(
+                    _worker_command(args, fds),
+                    args.workers,
+                    listening_fds=fds,
+                    shutdown=shutdown,
+                    patience=args.grace + _WORKER_STOP_SECONDS,
+                )
             finally:
                 for listener in listeners:
                     await trio.aclose_forcefully(listener)
@@ -97,6 +103,7 @@ async def _serve(args: argparse.Namespace) -> None:
             serve if args.workers == 1 else supervise,
             accepting,
             announce=functools.partial(_print_addresses, args.protocol, listeners),
+            stop_at_eof=args.stop_at_eof,
         )
 
 
@@ -139,7 +146,7 @@ def _print_addresses(protocol: str, listeners: Sequence[trio.SocketListener]) ->
 
 def _worker_command(args: argparse.Namespace, fds: Sequence[int]) -> list[str]:
     """Return the command line of one worker: the same program, on the sockets that it inherits."""
-    command = [sys.executable, "-m", "trioproto", args.protocol]
+    command = [sys.executable, "-m", "trioproto", args.protocol, "--stop-at-eof"]
     command += [f"--fd={fd}" for fd in fds]
     for option in (
         "max_connections",
@@ -221,6 +228,8 @@ async def _connected(args: argparse.Namespace) -> AsyncIterator[trio.abc.Stream]
             raise CommandError(f"standard input or output failed: {failure_reason(group)}") from None
 
 
+# What a worker may take to stop beyond the grace period, before it is taken to hang.
+_WORKER_STOP_SECONDS = 10.0
 _TLS_ADVICE = (
     "cannot use the TLS files: {}; they must be PEM files that this user may read, the key that of the certificate"
 )
@@ -398,6 +407,7 @@ def _add_server_options(command: argparse.ArgumentParser, protocol: str) -> None
     command.add_argument(
         "--workers", type=count, default=1, metavar="N", help="processes that share the work (default: %(default)s)"
     )
+    command.add_argument("--stop-at-eof", action="store_true", help="stop, too, when standard input ends")
     command.add_argument("--tick", type=seconds, metavar="SECONDS", help="log a line of statistics this often")
     command.add_argument("-v", "--verbose", action="store_true", help="log each connection")
 

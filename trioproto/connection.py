@@ -26,7 +26,7 @@ LINGER_SILENCE = 1.0
 LINGER_BYTES = 16 * 2**20
 
 # A client that is connected when the server begins to stop, and has not sent anything yet, mostly has its first
-# request on the way. It has this many seconds, from when it was accepted, to get it here.
+# request, or its TLS handshake, on the way. It has this many seconds, from when it was accepted, to get it here.
 FIRST_REQUEST_GRACE = 1.0
 
 # A client that always has its next request on its way is answered for this many seconds of a stop, and then ended
@@ -84,6 +84,7 @@ class Connection:
         "_client_ended",
         "_drain",
         "_fresh",
+        "_handshake",
         "_idle_timeout",
         "_request_due",
         "_request_timeout",
@@ -156,7 +157,9 @@ class Connection:
         try:
             if self._fresh and isinstance(self._stream, trio.SSLStream):
                 self._waits_for = _HANDSHAKE
-                with trio.fail_after(self._request_timeout):
+                with trio.fail_after(self._request_timeout) as self._handshake:
+                    if self._drain.began:
+                        self.stop_waiting()
                     await self._stream.do_handshake()
             if reply:
                 self._waits_for = _ROOM
@@ -209,6 +212,9 @@ class Connection:
         """Wait for a next request no longer, as the server stops. Its `Drain` calls this."""
         if self._waits_for == _REQUEST:
             self._transport.hurry(self._last_call())
+        elif self._waits_for == _HANDSHAKE:
+            in_time = trio.current_time() + self._last_call()
+            self._handshake.deadline = min(self._handshake.deadline, in_time)
 
     def _patience(self, *, mid_request: bool, another: bool) -> float:
         """How many seconds the client has, counted from now."""

@@ -1,6 +1,7 @@
 """Worker processes that share listening sockets, supervised by one nursery."""
 
 import logging
+import math
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -16,7 +17,12 @@ LONGEST_WAIT = 30.0
 
 
 async def supervise_workers(
-    command: Sequence[str], count: int, *, listening_fds: Sequence[int], shutdown: trio.Event
+    command: Sequence[str],
+    count: int,
+    *,
+    listening_fds: Sequence[int],
+    shutdown: trio.Event,
+    patience: float = math.inf,
 ) -> None:
     """Keep ``count`` processes running until ``shutdown`` is set, then have each stop, and wait for them.
 
@@ -25,31 +31,42 @@ async def supervise_workers(
 
     Args:
         command: a worker's command line; it serves on the descriptors of ``listening_fds``, writes to standard output
-            once it does, and from then on stops on SIGTERM.
+            once it does, and from then on stops on SIGTERM. Its standard input is a pipe that ends when this process
+            does, however that comes about.
         count: how many, 1 or more.
         listening_fds: descriptors of listening sockets, which the workers inherit under the same numbers.
         shutdown: set to stop.
+        patience: seconds, 0 or more, that a worker may take to stop; then it is killed.
 
     Raises:
-        OSError: if ``command`` cannot be started at all.
+        OSError: if ``command`` cannot be started at all. If it could be, but cannot be started again, that is logged,
+            and tried again.
 
     On cancellation, the workers are killed (SIGKILL) and waited for.
     """
     async with trio.open_nursery() as nursery:
         for number in range(1, count + 1):
-            nursery.start_soon(_keep_running, number, command, listening_fds, shutdown)
+            nursery.start_soon(_keep_running, number, command, listening_fds, shutdown, patience)
 
 
 async def _keep_running(
-    number: int, command: Sequence[str], listening_fds: Sequence[int], shutdown: trio.Event
+    number: int, command: Sequence[str], listening_fds: Sequence[int], shutdown: trio.Event, patience: float
 ) -> None:
     wait = FIRST_WAIT
+    first = True
     while not shutdown.is_set():
         began = trio.current_time()
-        status = await _run_worker(command, listening_fds, shutdown)
-        if shutdown.is_set():
-            return
-        _log.error("worker %d ended with status %d; starting another", number, status)
+        try:
+            status = await _run_worker(command, listening_fds, shutdown, patience)
+        except OSError as error:
+            if first:
+                raise
+            _log.error("worker %d cannot be started: %s; trying again", number, error.strerror)
+        else:
+            if shutdown.is_set():
+                return
+            _log.error("worker %d ended with status %d; starting another", number, status)
+        first = False
         if trio.current_time() - began >= SHORT_LIFE:
             wait = FIRST_WAIT
             continue
@@ -58,15 +75,18 @@ async def _keep_running(
         wait = min(2 * wait, LONGEST_WAIT)
 
 
-async def _run_worker(command: Sequence[str], listening_fds: Sequence[int], shutdown: trio.Event) -> int:
+async def _run_worker(
+    command: Sequence[str], listening_fds: Sequence[int], shutdown: trio.Event, patience: float
+) -> int:
     """Run one worker until it ends, and return its exit status (as `subprocess.Popen.returncode`)."""
     # A process group of its own, so that a terminal's Ctrl-C reaches the supervisor alone, and it stops the workers.
     process = await trio.lowlevel.open_process(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, pass_fds=listening_fds, process_group=0
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=listening_fds, process_group=0
     )
-    assert process.stdout is not None  # noqa: S101 - for the type checker
+    assert process.stdin is not None  # noqa: S101 - for the type checker
+    assert process.stdout is not None  # noqa: S101
     try:
-        async with process.stdout as stdout, trio.open_nursery() as nursery:
+        async with process.stdin, process.stdout as stdout, trio.open_nursery() as nursery:
 
             async def stop() -> None:
                 await shutdown.wait()
@@ -74,6 +94,8 @@ async def _run_worker(command: Sequence[str], listening_fds: Sequence[int], shut
                 # are queued might find nobody else to serve them.
                 await stdout.receive_some(1)
                 process.send_signal(signal.SIGTERM)
+                await trio.sleep(patience)
+                process.kill()
 
             nursery.start_soon(stop)
             status = await process.wait()
