@@ -15,7 +15,7 @@ import trustme
 from helpers import MemoryListener, int32_bytes, request_bytes
 
 from trioproto import echo_handler, echo_request, op_handler, op_request, receive_exactly, serve_listeners
-from trioproto.connection import FIRST_REQUEST_GRACE, Connection
+from trioproto.connection import FIRST_REQUEST_GRACE, LAST_REQUESTS_SECONDS, Connection
 from trioproto.draining import Drain, announced_drain, current_drain
 
 Handler = Callable[..., Awaitable[object]]
@@ -270,6 +270,25 @@ async def test_half_a_request_is_not_finished(
             assert await client.receive_some() == b""
         assert caplog.messages == ["StapledStream, awaiting the rest of a request, timed out"]
         caplog.clear()
+
+
+@pytest.mark.parametrize("ahead", [ONE, ONE + ONE[:3]], ids=["a request", "a request and a half"])
+async def test_client_that_never_pauses(ahead: bytes, autojump_clock: trio.testing.MockClock) -> None:
+    """A client that always has its next request on its way is ended between two, `LAST_REQUESTS_SECONDS` later."""
+    replies = 0
+    async with memory_place() as place, trio.open_nursery() as nursery:
+        client = await place.connect()
+        nursery.start_soon(serve, op_handler, place.listener, 5)
+        await client.send_all(ahead)
+        with taking(5 + LAST_REQUESTS_SECONDS):
+            while reply := await client.receive_some():
+                assert reply == int32_bytes(1)
+                replies += 1
+                await trio.sleep(0.005)
+                with contextlib.suppress(trio.BrokenResourceError):
+                    await client.send_all(ONE[len(ahead) - 6 :] + ahead[6:])
+        await client.aclose()
+    assert replies > 5 / 0.005
 
 
 # Who takes part.
