@@ -109,6 +109,18 @@ async def test_ticks_at_the_limit(nursery: trio.Nursery, autojump_clock: trio.te
     assert ticks == [(1, 2), (2, 2), (3, 2)]
 
 
+async def test_place_goes_to_whoever_has_somebody_waiting(nursery: trio.Nursery) -> None:
+    """A place that becomes free does not stay with a listener that nobody waits at."""
+    listeners = [(await trio.open_tcp_listeners(0, host="127.0.0.1"))[0] for _ in range(2)]
+    await nursery.start(partial(serve_listeners, echo_handler, listeners, max_connections=1))
+    with trio.fail_after(LIMIT / 4):
+        first, second = [await trio.testing.open_stream_to_socket_listener(listener) for listener in listeners]
+        async with second:
+            async with first:
+                await trio.testing.wait_all_tasks_blocked(0.01)
+            assert await echo_request(second, b"hello") == b"hello"
+
+
 async def test_no_listener_is_starved(nursery: trio.Nursery) -> None:
     """At the limit every listener has its turns, though another one always has somebody waiting."""
     listeners = [(await trio.open_tcp_listeners(0, host="127.0.0.1"))[0] for _ in range(3)]
