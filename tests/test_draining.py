@@ -241,21 +241,24 @@ async def test_first_request_grace_is_over(autojump_clock: trio.testing.MockCloc
             assert await client.receive_some() == b""
 
 
-async def test_handshake_is_finished(autojump_clock: trio.testing.MockClock) -> None:
-    """In a stop, a TLS handshake may take as long as it may otherwise, and the first request has its time."""
+@pytest.mark.parametrize("shutdown_after", [0, 0.1], ids=["before it is accepted", "while it is waited for"])
+async def test_handshake_grace(
+    shutdown_after: float, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
+    """In a stop, a fresh client's TLS handshake and first request have `FIRST_REQUEST_GRACE` seconds together."""
     async with tls_place() as place:
-        clients = [await place.connect() for _ in range(2)]
-        late, silent = (client for client in clients if isinstance(client, trio.SSLStream))
+        in_time, silent = [await place.connect() for _ in range(2)]
+        assert isinstance(silent, trio.SSLStream)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve, partial(echo_handler, request_timeout=10), place.listener, 0.1)
+            nursery.start_soon(serve, partial(echo_handler, request_timeout=10), place.listener, shutdown_after)
             await trio.sleep(0.8 * FIRST_REQUEST_GRACE)
-            assert await echo_request(late, b"hello") == b"hello"
-            assert await late.receive_some() == b""
-            await late.aclose()
-            await trio.sleep_until(5)
-            await silent.do_handshake()
-            with taking(0):
-                assert await silent.receive_some() == b""
+            assert await echo_request(in_time, b"hello") == b"hello"
+            assert await in_time.receive_some() == b""
+            await in_time.aclose()
+            with taking(0.2 * FIRST_REQUEST_GRACE):
+                assert await silent.transport_stream.receive_some() == b""
+    assert caplog.messages == ["StapledStream, awaiting a TLS handshake, timed out"]
+    caplog.clear()
 
 
 async def test_half_a_request_is_not_finished(

@@ -233,6 +233,9 @@ async def test_send_to_a_peer_that_takes_nothing(pair: Pair) -> None:
         with pytest.raises(trio.TooSlowError):
             await transport.send_all(bytes(50_000_000), 0.2)
         assert trio.current_time() - began >= 0.2
+        for _ in range(3):  # now not even the first byte finds room
+            with pytest.raises(trio.TooSlowError):
+                await transport.send_all(bytes(10_000_000), 0.05)
 
 
 async def test_send_cancelled(pair: Pair) -> None:
