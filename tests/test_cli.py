@@ -316,6 +316,18 @@ def test_verbose() -> None:
             read_until(server.stderr.fileno(), f"connection {number} ended\n".encode())
 
 
+def test_verbose_workers() -> None:
+    """Workers log as their supervisor was told to."""
+    with (
+        serving("op", "--workers", "1", "-v") as (server, port),
+        serving("op", "--workers", "2", "-v", "--max-connections", "5") as (others, other_port),
+    ):
+        for process, number in ((server, port), (others, other_port)):
+            assert process.stderr is not None
+            assert run("op-client", "--port", number, "1", "2", "+").stdout == b"3\n"
+            read_until(process.stderr.fileno(), b"connection 1 ended\n")
+
+
 # Clients with arguments
 
 

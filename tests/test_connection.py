@@ -371,3 +371,18 @@ async def test_closing_a_stream_without_half_close(autojump_clock: trio.testing.
     await op_handler(Plain())
     assert await receive_to_end(client) == int32_bytes(1)
     assert trio.current_time() == 0
+
+
+async def test_request_that_never_ends(autojump_clock: trio.testing.MockClock) -> None:
+    """A request that is late is cut off even if bytes of it are always there to be received."""
+    client, served = trio.testing.memory_stream_pair()
+    await client.send_all(bytes(2**20))
+
+    async def handler() -> None:
+        async with Connection(served, request_timeout=5) as connection:
+            while await connection.exchange(b"", mid_request=True):  # noqa: ASYNC110 - it takes its time
+                await trio.sleep(1)
+
+    with trio.fail_after(60):
+        await handler()
+    assert 5 <= trio.current_time() < 16

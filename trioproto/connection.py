@@ -217,14 +217,16 @@ class Connection:
             self._handshake.deadline = min(self._handshake.deadline, in_time)
 
     def _patience(self, *, mid_request: bool, another: bool) -> float:
-        """How many seconds the client has, counted from now."""
+        """How many seconds the client has, counted from now; `trio.TooSlowError` if a request has none left."""
         if not mid_request:
             self._request_due = None
             return self._last_call() if self._drain.began else self._idle_timeout
         now = trio.current_time()
         if self._request_due is None or another:
             self._request_due = now + self._request_timeout
-        return max(0.0, self._request_due - now)
+        if now >= self._request_due:  # however many bytes of it go on arriving
+            raise trio.TooSlowError
+        return self._request_due - now
 
     def _heard_enough(self) -> bool:
         return not self._fresh and trio.current_time() >= self._drain.began_at + LAST_REQUESTS_SECONDS

@@ -114,10 +114,12 @@ async def serve_listeners(
 
     Raises:
         ValueError: for a setting out of its range, or an ``on_tick`` without ``tick``.
-        OSError: if accepting fails because of the listener itself (accept(2): EBADF, EINVAL, ENOTSOCK). Errors of
-            one connection pass; a lack of descriptors or memory is logged once and waited out.
+        OSError: in the nursery's exception group, if accepting fails because of the listener itself (accept(2):
+            EBADF, EINVAL, ENOTSOCK). Errors of one connection pass; a lack of descriptors or memory is logged once
+            and waited out.
 
-    On cancellation, every connection is cancelled and every listener closed.
+    On cancellation, every connection is cancelled and every listener closed. ``shutdown`` cancels an ``on_tick`` that
+    is running.
     """
     _check_settings(tick, on_tick, max_connections, grace_period)
     with announced_drain() as drain:
@@ -293,9 +295,9 @@ class _Acceptor:
         while forever or not empty:
             await self._connections.room()
             try:
-                if listening is not None:
+                if listening is not None and isinstance(self._listener, trio.SocketListener):
                     if forever:
-                        await trio.lowlevel.wait_readable(listening)
+                        await trio.lowlevel.wait_readable(self._listener.socket)
                     else:
                         await trio.lowlevel.checkpoint()
                     empty = self._start_queued(listening)

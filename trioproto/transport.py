@@ -34,8 +34,8 @@ class Transport(Protocol):
 
         Args:
             data: what to send.
-            patience: seconds to wait for the peer to make room. A socket starts anew with each byte that the peer
-                takes; any other stream has them for all of ``data``, because it does not tell.
+            patience: seconds to wait for the peer to make room. A socket counts anew whenever the kernel has room
+                again; any other stream has them for all of ``data``, because it does not tell.
 
         Raises:
             trio.TooSlowError: if the peer lets them pass.
@@ -56,7 +56,7 @@ class Transport(Protocol):
         """
 
     def hurry(self, patience: float) -> None:
-        """Give a `receive` that is waiting now ``patience`` seconds more, and no longer."""
+        """Give a `receive` that is waiting now at most ``patience`` seconds more."""
 
     async def relay(self, patience: float) -> None:
         """Send back what has arrived, unseen, until nothing more is there; or do nothing, if the system cannot.
@@ -85,7 +85,7 @@ class StreamTransport:
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
-        self._waiting: trio.CancelScope | None = None
+        self._waiting = trio.CancelScope()  # of the last receive
 
     async def send_all(self, data: bytes, patience: float) -> None:
         with trio.fail_after(patience):
@@ -97,8 +97,8 @@ class StreamTransport:
         return None
 
     def hurry(self, patience: float) -> None:
-        if self._waiting is not None:
-            self._waiting.deadline = trio.current_time() + max(patience, LAST_LOOK)
+        in_time = trio.current_time() + max(patience, LAST_LOOK)
+        self._waiting.deadline = min(self._waiting.deadline, in_time)
 
     async def relay(self, patience: float) -> None:  # noqa: ARG002 - the interface's
         await trio.lowlevel.checkpoint()
@@ -158,9 +158,9 @@ class SocketTransport:
             self._waiting = None
 
     def hurry(self, patience: float) -> None:
-        self._patience = patience
+        self._patience = min(self._patience, patience)
         if self._waiting is not None:
-            self._waiting.deadline = trio.current_time() + patience
+            self._waiting.deadline = min(self._waiting.deadline, trio.current_time() + patience)
 
     async def relay(self, patience: float) -> None:
         await trio.lowlevel.checkpoint()
