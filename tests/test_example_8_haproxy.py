@@ -1,0 +1,195 @@
+import contextlib
+import functools
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from trioproto import op_handler, op_request, receive_exactly, serve_tcp
+from trioproto.addresses import format_address
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "8_haproxy" / "rolling_restart.py"
+example = runpy.run_path(str(EXAMPLE))
+
+needs_haproxy = pytest.mark.skipif(shutil.which("haproxy") is None, reason="HAProxy is not installed")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, EXAMPLE, *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def answered(output: str) -> int:
+    (count,) = re.findall(r"^Requests answered: (\d+)", output, re.MULTILINE)
+    return int(count)
+
+
+@needs_haproxy
+@pytest.mark.parametrize("arguments", [[], ["--without-drain", "--requests", "1"]])
+def test_rolling_restart_loses_no_request(arguments: list[str]) -> None:
+    """All servers are restarted under load, and every request is answered, right and on the connection it was sent."""
+    done = run(*arguments)
+
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^  (op\d) .* (\S+)$", done.stdout, re.MULTILINE) == [("op1", "0"), ("op2", "0"), ("op3", "0")]
+    assert "Requests failed: 0\n" in done.stdout
+    assert answered(done.stdout) > 100
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@needs_haproxy
+def test_restart_without_drain_is_seen_to_end_conversations() -> None:
+    """Without the drain, conversations of several requests fail: the count of failures is a real one."""
+    done = run("--without-drain")
+
+    assert done.returncode == 1
+    (failed,) = re.findall(r"^Requests failed: (\d+)$", done.stdout, re.MULTILINE)
+    assert int(failed) > 0
+    assert done.stderr == f"rolling_restart.py: {failed} requests failed\n"
+
+
+def test_without_haproxy_it_says_so_in_one_line(tmp_path: Path) -> None:
+    """Who lacks HAProxy is told to install it."""
+    done = subprocess.run(
+        [sys.executable, EXAMPLE],
+        env=os.environ | {"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == 1
+    assert done.stderr == "rolling_restart.py: HAProxy is not installed: install it from your system's packages\n"
+
+
+def test_haproxy_that_fails_is_quoted(tmp_path: Path) -> None:
+    """What HAProxy has to say, should it not start, is said."""
+    failing = tmp_path / "haproxy"
+    failing.write_text("#!/bin/sh\necho 'no such keyword' >&2\nexit 1\n")
+    failing.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, EXAMPLE],
+        env=os.environ | {"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == 1
+    assert done.stderr.endswith("haproxy.cfg failed: no such keyword\n")
+
+
+# Below, HAProxy is the real one with the example's configuration, and the servers are in this process.
+
+
+async def wrong_handler(stream: trio.SocketStream) -> None:
+    """Answer every request of two operands with 41."""
+    with contextlib.suppress(EOFError, trio.BrokenResourceError):
+        while True:
+            await receive_exactly(stream, 10)
+            await stream.send_all(b"\x29\0\0\0")
+
+
+@contextlib.asynccontextmanager
+async def balanced(
+    directory: Path, **other_handlers: Callable[[trio.SocketStream], Awaitable[None]]
+) -> AsyncIterator[tuple[Any, int, dict[str, trio.Event]]]:
+    """HAProxy in front of op servers: it, its port, and for each server the event that stops it."""
+    environment = {"OP_ADMIN": str(directory / "admin.sock")}
+    shutdowns = {name: trio.Event() for name in ("op1", "op2", "op3")}
+    with trio.fail_after(20), example["reserve_port"]() as reserved:
+        async with trio.open_nursery() as nursery:
+            for name, shutdown in shutdowns.items():
+                handler = other_handlers.get(name, op_handler)
+                serve = functools.partial(serve_tcp, handler, 0, host="127.0.0.1", shutdown=shutdown)
+                (listener,) = await nursery.start(serve)
+                environment[name.upper()] = format_address(listener.socket.getsockname())
+            environment["OP_FRONTEND"] = format_address(reserved.getsockname())
+            haproxy = await example["start_haproxy"](nursery, environment)
+            for name in shutdowns.keys() - other_handlers.keys():
+                await haproxy.wait_until(name, **example["HEALTHY"])
+            yield haproxy, reserved.getsockname()[1], shutdowns
+            nursery.cancel_scope.cancel()
+
+
+async def connect(port: int) -> trio.SocketStream:
+    """A connection that a server is known to have, for it has answered."""
+    stream = await trio.open_tcp_stream("127.0.0.1", port)
+    assert await op_request(stream, [40, 2], "+") == 42
+    return stream
+
+
+async def connections(haproxy: Any, total: int) -> list[int]:
+    """How many connections each server has, once it has come to HAProxy's notice that they are so many in all."""
+    while True:
+        counts = [int(server["scur"]) for server in (await haproxy.servers()).values()]
+        if sum(counts) == total:
+            return counts
+        await trio.sleep(0.01)
+
+
+@needs_haproxy
+async def test_new_connection_goes_to_the_server_that_has_the_fewest(tmp_path: Path) -> None:
+    """However connections end, new ones make their number even again."""
+    async with balanced(tmp_path) as (haproxy, port, _shutdowns):
+        streams = [await connect(port) for _ in range(3)]
+        assert await connections(haproxy, 3) == [1, 1, 1]
+        for stays in (0, 1, 2, 0):
+            for number, stream in enumerate(streams):
+                if number != stays:
+                    await stream.aclose()
+            await connections(haproxy, 1)
+            streams = [streams[stays], await connect(port), await connect(port)]
+            assert await connections(haproxy, 3) == [1, 1, 1]
+        for stream in streams:
+            await stream.aclose()
+
+
+@needs_haproxy
+async def test_server_that_answers_wrong_is_taken_out(tmp_path: Path) -> None:
+    """A server that accepts connections and says that 40 + 2 is 41 is given none."""
+    async with balanced(tmp_path, op2=wrong_handler) as (haproxy, port, _shutdowns):
+        await haproxy.wait_until("op2", status="DOWN")
+        streams = [await connect(port) for _ in range(6)]
+        assert await connections(haproxy, 6) == [3, 0, 3]
+        for stream in streams:
+            await stream.aclose()
+
+
+@needs_haproxy
+async def test_server_that_refuses_connections_costs_no_request(tmp_path: Path) -> None:
+    """Before HAProxy has found out that a server is gone, what it refuses goes to another."""
+    async with balanced(tmp_path) as (haproxy, port, shutdowns):
+        shutdowns["op2"].set()
+        await trio.sleep(0.05)
+        assert (await haproxy.servers())["op2"]["status"].startswith("UP")
+        for _ in range(6):
+            await (await connect(port)).aclose()
+        await haproxy.wait_until("op2", status="DOWN")
+
+
+@needs_haproxy
+async def test_server_that_stops_may_finish_its_requests(tmp_path: Path) -> None:
+    """A request that is under way on a server that HAProxy has meanwhile found to be down is answered."""
+    async with balanced(tmp_path) as (haproxy, port, shutdowns):
+        stream = await connect(port)
+        await stream.send_all(b"\x02\x28\0\0\0")
+        (name,) = [name for name, server in (await haproxy.servers()).items() if server["scur"] == "1"]
+        await trio.sleep(0.05)
+        shutdowns[name].set()
+        await haproxy.wait_until(name, status="DOWN")
+        await stream.send_all(b"\x02\0\0\0+")
+        assert await receive_exactly(stream, 4) == b"\x2a\0\0\0"
+        assert await stream.receive_some() == b""
+        await stream.aclose()
