@@ -1,0 +1,169 @@
+"""The peers: the same echo and op servers, written as each library's own documentation would write them.
+
+::
+
+    python peers.py PEER echo|op HOST
+
+PEER is ``trio``, or ``asyncio`` or ``uvloop`` with ``-streams`` or ``-protocol``. The server prints where it listens:
+a port that the kernel picks. The op servers answer request after request until the client closes. None has a time-out
+or a limit, which trioproto has.
+"""
+
+import asyncio
+import functools
+import struct
+import sys
+from typing import Any
+
+BACKLOG = 1024  # asyncio's default is 100; trio's is as many as the kernel allows
+
+
+def calculate(count: int, body: bytes) -> bytes:
+    """Return the reply to an op request of ``count`` operands: ``body`` is the operands and the operator."""
+    values = struct.unpack(f"<{count}i", body[:-1])
+    operator = body[-1:]
+    if operator == b"+":
+        result = sum(values)
+    elif operator == b"-":
+        result = values[0] - sum(values[1:])
+    else:
+        result = 1
+        for value in values:
+            result *= value
+    return struct.pack("<I", result & 0xFFFFFFFF)
+
+
+def announce(address: tuple[str, int]) -> None:
+    """Say that the server accepts connections, and where."""
+    print(f"listening on {address[0]}:{address[1]}", flush=True)
+
+
+def run_trio(protocol: str, host: str) -> None:  # noqa: C901 - small functions, inside for the import's sake
+    """Serve with `trio.serve_tcp`."""
+    import trio  # noqa: PLC0415 - a peer carries no other library than its own
+
+    async def receive_exactly(stream: trio.SocketStream, count: int) -> bytes:
+        data = bytearray()
+        while len(data) < count:
+            chunk = await stream.receive_some(count - len(data))
+            if not chunk:
+                raise EOFError
+            data += chunk
+        return bytes(data)
+
+    async def echo(stream: trio.SocketStream) -> None:
+        try:
+            async for chunk in stream:
+                await stream.send_all(chunk)
+        except trio.BrokenResourceError:
+            pass
+
+    async def op(stream: trio.SocketStream) -> None:
+        try:
+            while True:
+                count = (await receive_exactly(stream, 1))[0]
+                await stream.send_all(calculate(count, await receive_exactly(stream, 4 * count + 1)))
+        except (EOFError, trio.BrokenResourceError):
+            pass
+
+    async def main() -> None:
+        handler = {"echo": echo, "op": op}[protocol]
+        async with trio.open_nursery() as nursery:
+            [listener] = await nursery.start(functools.partial(trio.serve_tcp, handler, 0, host=host))
+            announce(listener.socket.getsockname())
+
+    trio.run(main)
+
+
+async def echo_streams(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Serve an echo connection with asyncio's streams."""
+    try:
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    except OSError:
+        pass
+    writer.close()
+
+
+async def op_streams(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Serve an op connection with asyncio's streams."""
+    try:
+        while True:
+            count = (await reader.readexactly(1))[0]
+            writer.write(calculate(count, await reader.readexactly(4 * count + 1)))
+            await writer.drain()
+    except (asyncio.IncompleteReadError, OSError):
+        pass
+    writer.close()
+
+
+class EchoProtocol(asyncio.Protocol):
+    """Serves an echo connection with asyncio's callbacks."""
+
+    def connection_made(self, transport: Any) -> None:
+        """Keep the transport."""
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Send back what has arrived."""
+        self.transport.write(data)
+
+
+class OpProtocol(asyncio.Protocol):
+    """Serves an op connection with asyncio's callbacks."""
+
+    def __init__(self) -> None:
+        self.rest = b""
+
+    def connection_made(self, transport: Any) -> None:
+        """Keep the transport."""
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Answer the requests that are complete, and keep the rest."""
+        data = self.rest + data
+        replies = []
+        start = 0
+        while start < len(data) and len(data) >= (end := start + 1 + 4 * data[start] + 1):
+            replies.append(calculate(data[start], data[start + 1 : end]))
+            start = end
+        self.rest = data[start:]
+        if replies:
+            self.transport.write(b"".join(replies))
+
+
+async def serve_streams(protocol: str, host: str) -> None:
+    """Serve with `asyncio.start_server`."""
+    handler = {"echo": echo_streams, "op": op_streams}[protocol]
+    server = await asyncio.start_server(handler, host, 0, backlog=BACKLOG)
+    announce(server.sockets[0].getsockname())
+    await server.serve_forever()
+
+
+async def serve_protocol(protocol: str, host: str) -> None:
+    """Serve with `asyncio.loop.create_server`."""
+    factory: type[asyncio.Protocol] = {"echo": EchoProtocol, "op": OpProtocol}[protocol]
+    server = await asyncio.get_running_loop().create_server(factory, host, 0, backlog=BACKLOG)
+    announce(server.sockets[0].getsockname())
+    await server.serve_forever()
+
+
+def main() -> None:
+    """Run the server that the arguments name."""
+    peer, protocol, host = sys.argv[1:]
+    if peer == "trio":
+        run_trio(protocol, host)
+        return
+    library, _, style = peer.partition("-")
+    serve = {"streams": serve_streams, "protocol": serve_protocol}[style]
+    if library == "uvloop":
+        import uvloop  # noqa: PLC0415 - see above
+
+        uvloop.run(serve(protocol, host))
+    else:
+        asyncio.run(serve(protocol, host))
+
+
+if __name__ == "__main__":
+    main()
