@@ -5,6 +5,7 @@ sockets: what the kernel takes or has at once moves with a direct call, and only
 waiting; bulk is moved inside the kernel (splice(2)).
 """
 
+import contextlib
 import errno
 import os
 from typing import Protocol
@@ -20,10 +21,11 @@ LAST_LOOK = 0.01
 # How long a stream that is no socket may take to close before it is closed by force.
 CLOSE_SECONDS = 5.0
 
-# What a relay moves in one go: what a pipe holds by default (pipe(7)).
-RELAY_SIZE = 65536
+# What a relay moves in one go, and has in the kernel at most: more than the 64 KiB that a pipe holds by default
+# (pipe(7)), which takes a fifth less time for the same bytes.
+RELAY_SIZE = 2**18
 # How often one relay goes on, if there is more, before it returns to the handler, which may have to stop.
-RELAY_TURNS = 64
+RELAY_TURNS = 16
 
 
 class Transport(Protocol):
@@ -171,6 +173,10 @@ class SocketTransport:
         except OSError:  # no descriptors left; likewise
             return
         try:
+            import fcntl  # noqa: PLC0415 - Windows has none
+
+            with contextlib.suppress(OSError):  # one user's pipes have a bound; the default size does, too
+                fcntl.fcntl(inlet, fcntl.F_SETPIPE_SZ, RELAY_SIZE)
             for _ in range(RELAY_TURNS):
                 held = self._splice(self._socket.fileno(), inlet)
                 if not held:
