@@ -1,0 +1,158 @@
+import functools
+import os
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+
+from trioproto import op_request, receive_exactly
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+UNITS = EXAMPLES / "systemd"
+reserve_port = runpy.run_path(str(EXAMPLES / "8_haproxy" / "rolling_restart.py"))["reserve_port"]
+
+PYTHON = "/opt/trioproto/bin/python"
+
+# What systemd does to start a service on a socket: it becomes descriptor 3, and the environment says for whom it is.
+START = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def command() -> list[str]:
+    """What the service runs, with this Python in the place of the installed one."""
+    (line,) = re.findall(r"^ExecStart=(.*)$", (UNITS / "trioproto-op.service").read_text(), re.MULTILINE)
+    python, *arguments = shlex.split(line)
+    assert python == PYTHON
+    return [sys.executable, *arguments]
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Path:
+    """The units, installed with a Python that exists here."""
+    for unit in UNITS.iterdir():
+        (tmp_path / unit.name).write_text(
+            unit.read_text().replace(f"ExecStart={PYTHON}", f"ExecStart={sys.executable}")
+        )
+    return tmp_path / "trioproto-op.service"
+
+
+def environment_options() -> list[str]:
+    """systemd-socket-activate starts its program with a clean environment: this gives it the path of the modules."""
+    return ["--setenv=PYTHONPATH"] if "PYTHONPATH" in os.environ else []
+
+
+async def connect(host: str, port: int) -> trio.SocketStream:
+    """Connect as soon as somebody listens."""
+    while True:
+        try:
+            return await trio.open_tcp_stream(host, port)
+        except OSError:
+            await trio.sleep(0.05)
+
+
+async def ask_all_the_time(port: int, answers: list[bytes]) -> None:
+    """Connect, ask for 40 + 2 in two halves, and again. Most of the time, a request is under way."""
+    while True:
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            await stream.send_all(b"\x02\x28\0\0\0")
+            await trio.sleep(0.02)
+            await stream.send_all(b"\x02\0\0\0+")
+            answers.append(await receive_exactly(stream, 4))
+
+
+async def more(answers: list[bytes]) -> None:
+    """Wait for 20 more answers."""
+    enough = len(answers) + 20
+    while True:
+        if len(answers) >= enough:
+            return
+        await trio.sleep(0.01)
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_units_are_what_systemd_understands(service: Path) -> None:
+    """No fault is found by systemd with the service and its socket."""
+    done = subprocess.run(
+        ["systemd-analyze", "verify", service, service.with_suffix(".socket")],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+    assert "trioproto-op" not in done.stderr
+    assert done.returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_service_is_hardened(service: Path) -> None:
+    """What systemd calls the service's exposure, from 0 to 10, is at most 1."""
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--no-pager", "--offline=yes", "--threshold=10", service],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    if "unrecognized option" in done.stderr:
+        pytest.skip("this systemd cannot judge a unit that is not installed")
+
+    assert done.returncode == 0, done.stdout[-200:]
+
+
+@pytest.mark.skipif(shutil.which("systemd-socket-activate") is None, reason="systemd is not installed")
+async def test_first_connection_starts_the_service() -> None:
+    """Socket activation by systemd's own tool starts the server, which answers the connection that started it."""
+    with trio.fail_after(20), reserve_port() as reserved:
+        host, port = reserved.getsockname()
+        activate = ["systemd-socket-activate", f"--listen={host}:{port}", *environment_options(), *command()]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(functools.partial(trio.run_process, activate, capture_stdout=True, capture_stderr=True))
+            async with await connect(host, port) as stream:
+                assert await op_request(stream, [40, 2], "+") == 42
+            nursery.cancel_scope.cancel()
+
+
+async def test_restarts_lose_no_request() -> None:
+    """While the socket stays open, as systemd keeps it, restarts of the service under load lose no request."""
+    answers: list[bytes] = []
+    with trio.fail_after(20), socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+
+        async def start() -> trio.Process:
+            return await trio.lowlevel.open_process(
+                [sys.executable, "-c", START, str(listening.fileno()), *command()],
+                pass_fds=[listening.fileno()],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+
+        process = await start()
+        try:
+            async with trio.open_nursery() as clients:
+                for _ in range(4):
+                    clients.start_soon(ask_all_the_time, port, answers)
+                for _ in range(3):
+                    await more(answers)
+                    process.send_signal(signal.SIGTERM)
+                    assert await process.wait() == 0
+                    process = await start()
+                await more(answers)
+                clients.cancel_scope.cancel()
+        finally:
+            process.kill()
+            with trio.CancelScope(shield=True):
+                await process.wait()
+    assert set(answers) == {b"\x2a\0\0\0"}
