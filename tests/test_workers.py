@@ -178,9 +178,10 @@ async def test_command_that_is_gone(
     assert "worker 1 cannot be started: No such file or directory; trying again" in caplog.messages
 
 
-async def test_worker_that_hangs() -> None:
+@pytest.mark.parametrize("serving", [f"{SERVING}; ", ""], ids=["while it serves", "before it serves"])
+async def test_worker_that_hangs(serving: str) -> None:
     """A worker that does not stop in time is killed."""
-    workers = Workers(f"trap '' TERM; {SERVING}; {FOREVER}")
+    workers = Workers(f"trap '' TERM; {serving}{FOREVER}")
     shutdown = trio.Event()
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as nursery:

@@ -18,6 +18,7 @@ from trioproto.arguments import HOST, PORTS, CommandError, count, descriptor, po
 from trioproto.bench import BenchError
 from trioproto.cli_bench import add_bench
 from trioproto.clients import echo_dialogue, echo_messages, echo_pipe, op_answer, op_dialogue
+from trioproto.connection import IDLE_TIMEOUT, REQUEST_TIMEOUT
 from trioproto.echo import echo_handler
 from trioproto.listeners import activated_fds, inherited_listener, tcp_listeners, unix_listener
 from trioproto.op import Request, op_handler
@@ -382,14 +383,14 @@ def _add_server_options(command: argparse.ArgumentParser, protocol: str) -> None
     limits.add_argument(
         "--idle-timeout",
         type=seconds,
-        default=300.0,
+        default=IDLE_TIMEOUT,
         metavar="SECONDS",
         help="between two requests, or for a client that takes no reply (default: %(default)s)",
     )
     limits.add_argument(
         "--request-timeout",
         type=seconds,
-        default=30.0,
+        default=REQUEST_TIMEOUT,
         metavar="SECONDS",
         help="from a request's first byte to its last, and for a TLS handshake (default: %(default)s)",
     )

@@ -19,6 +19,11 @@ from trioproto.transport import transport_for
 
 _log = logging.getLogger(__name__)
 
+# For how long our handlers wait for a client, unless they are told otherwise: for its next request, and for all of one
+# that has begun.
+IDLE_TIMEOUT = 300.0
+REQUEST_TIMEOUT = 30.0
+
 # A closing connection goes on discarding what its client still sends for as long as this in all, this long after the
 # last of it, and for this much. (nginx calls these lingering_time and lingering_timeout.)
 LINGER_SECONDS = 5.0

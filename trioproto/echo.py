@@ -2,13 +2,15 @@
 
 import trio
 
-from trioproto.connection import Connection
+from trioproto.connection import IDLE_TIMEOUT, REQUEST_TIMEOUT, Connection
 from trioproto.streams import RECEIVE_SIZE, IncompleteReadError, receive_exactly
 
 _FAILURES = (IncompleteReadError, trio.BrokenResourceError, trio.ClosedResourceError)
 
 
-async def echo_handler(stream: trio.abc.Stream, *, idle_timeout: float = 300.0, request_timeout: float = 30.0) -> None:
+async def echo_handler(
+    stream: trio.abc.Stream, *, idle_timeout: float = IDLE_TIMEOUT, request_timeout: float = REQUEST_TIMEOUT
+) -> None:
     """Serve one echo connection until the client ends it.
 
     Runs under `trioproto.serve_tcp` and `trio.serve_tcp`, on any stream. Whatever the client does ends this

@@ -24,7 +24,7 @@ from typing import ClassVar, Self
 import attrs
 import trio
 
-from trioproto.connection import Connection
+from trioproto.connection import IDLE_TIMEOUT, REQUEST_TIMEOUT, Connection
 from trioproto.streams import receive_exactly
 
 _log = logging.getLogger(__name__)
@@ -197,7 +197,9 @@ class OpConnection:
         return pack(f"<{len(results)}I", *results)
 
 
-async def op_handler(stream: trio.abc.Stream, *, idle_timeout: float = 300.0, request_timeout: float = 30.0) -> None:
+async def op_handler(
+    stream: trio.abc.Stream, *, idle_timeout: float = IDLE_TIMEOUT, request_timeout: float = REQUEST_TIMEOUT
+) -> None:
     """Serve one op connection until the client ends it, or sends what is no request.
 
     Runs under `trioproto.serve_tcp` and `trio.serve_tcp`, on any stream. Whatever the client does ends this

@@ -36,7 +36,7 @@ async def supervise_workers(
         count: how many, 1 or more.
         listening_fds: descriptors of listening sockets, which the workers inherit under the same numbers.
         shutdown: set to stop.
-        patience: seconds, 0 or more, that a worker may take to stop; then it is killed.
+        patience: seconds, 0 or more, from ``shutdown`` until a worker that has not ended is killed.
 
     Raises:
         OSError: if ``command`` cannot be started at all. If it could be, but cannot be started again, that is logged,
@@ -90,11 +90,12 @@ async def _run_worker(
 
             async def stop() -> None:
                 await shutdown.wait()
-                # The first that it writes is that it serves. Before that, SIGTERM would kill it, and connections that
-                # are queued might find nobody else to serve them.
-                await stdout.receive_some(1)
-                process.send_signal(signal.SIGTERM)
-                await trio.sleep(patience)
+                with trio.move_on_after(patience):
+                    # The first that it writes is that it serves. Before that, SIGTERM would kill it, and connections
+                    # that are queued might find nobody else to serve them.
+                    await stdout.receive_some(1)
+                    process.send_signal(signal.SIGTERM)
+                    await trio.sleep_forever()
                 process.kill()
 
             nursery.start_soon(stop)
