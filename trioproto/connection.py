@@ -160,7 +160,7 @@ class Connection:
         On cancellation, part of the reply may have been sent.
         """
         try:
-            if self._fresh and isinstance(self._stream, trio.SSLStream):
+            if self._fresh and type(self._stream) is trio.SSLStream:  # a final class; isinstance is slow with its kind
                 self._waits_for = _HANDSHAKE
                 with trio.fail_after(self._request_timeout) as self._handshake:
                     if self._drain.began:

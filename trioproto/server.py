@@ -7,6 +7,7 @@ speaks.
 
 import contextlib
 import errno
+import functools
 import logging
 import math
 import os
@@ -254,7 +255,8 @@ class _Connections:
                 raise rest from None
         finally:
             self._active -= 1
-            self._waiting_for_room.unpark_all()
+            if self._waiting_for_room:
+                self._waiting_for_room.unpark_all()
             _log.debug("connection %d ended", number)
             if not (isinstance(stream, trio.SocketStream) and stream.socket.fileno() == -1):
                 await trio.aclose_forcefully(stream)
@@ -344,6 +346,18 @@ class _Acceptor:
             raise error
 
 
+class _ListeningSocket(socket.socket):
+    """Works out once what `accept` would work out for each connection's socket."""
+
+    @functools.cached_property
+    def family(self) -> socket.AddressFamily:
+        return super().family
+
+    @functools.cached_property
+    def type(self) -> socket.SocketKind:
+        return super().type
+
+
 @contextlib.contextmanager
 def _borrowed_socket(listener: trio.abc.Listener[Any]) -> Iterator[socket.socket | None]:
     """Give the standard library's view of a listener's socket; None for a listener that has none.
@@ -355,7 +369,7 @@ def _borrowed_socket(listener: trio.abc.Listener[Any]) -> Iterator[socket.socket
         yield None
         return
     trios = listener.socket
-    borrowed = socket.socket(trios.family, trios.type, trios.proto, fileno=trios.fileno())
+    borrowed = _ListeningSocket(trios.family, trios.type, trios.proto, fileno=trios.fileno())
     borrowed.settimeout(0)  # or else socket.setdefaulttimeout would have `accept` wait
     try:
         yield borrowed

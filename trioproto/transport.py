@@ -118,12 +118,13 @@ class SocketTransport:
     Trio's. The descriptor is asked for anew each time: it is -1 as soon as somebody has closed the stream.
     """
 
-    __slots__ = ("_patience", "_socket", "_waiting")
+    __slots__ = ("_known_to_trio", "_patience", "_socket", "_waiting")
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._socket = stream.socket
         self._patience = 0.0
         self._waiting: trio.CancelScope | None = None
+        self._known_to_trio = False  # nobody has waited for it yet
 
     async def send_all(self, data: bytes, patience: float) -> None:
         sent = self._send_some(data)
@@ -154,6 +155,7 @@ class SocketTransport:
                     return None
             except OSError as error:
                 raise _stream_error(error) from error
+            self._known_to_trio = True
             with trio.move_on_after(self._patience) as self._waiting:
                 await trio.lowlevel.wait_readable(self._socket)
             in_time = not self._waiting.cancelled_caught
@@ -200,11 +202,18 @@ class SocketTransport:
             raise _stream_error(error) from error
 
     async def _wait_for_room(self, patience: float) -> None:
+        self._known_to_trio = True
         with trio.fail_after(patience):
             await trio.lowlevel.wait_writable(self._socket)
 
     async def aclose(self) -> None:
-        self._socket.close()
+        # Before it closes a socket, Trio wakes those who wait for it, and has epoll forget it. A short conversation has
+        # often never waited: then this descriptor means nothing to either, and looking for it is an exception and a
+        # system call for nothing.
+        if self._known_to_trio:
+            self._socket.close()
+        elif (descriptor := self._socket.detach()) != -1:
+            os.close(descriptor)
 
 
 def _stream_error(error: OSError) -> Exception:
