@@ -127,19 +127,17 @@ class SocketTransport:
         self._known_to_trio = False  # nobody has waited for it yet
 
     async def send_all(self, data: bytes, patience: float) -> None:
-        sent = self._send_some(data)
-        while sent < len(data):
-            await self._wait_for_room(patience)
+        while True:
+            try:
+                sent = os.write(self._socket.fileno(), data)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                raise _stream_error(error) from error
+            if sent == len(data):
+                return
             data = data[sent:]
-            sent = self._send_some(data)
-
-    def _send_some(self, data: bytes) -> int:
-        try:
-            return os.write(self._socket.fileno(), data)
-        except BlockingIOError:
-            return 0
-        except OSError as error:
-            raise _stream_error(error) from error
+            await self._wait_for_room(patience)
 
     async def receive(self, patience: float) -> bytes | None:
         # One pass through the scheduler, in which the others have their turns. On a busy server the next bytes have
