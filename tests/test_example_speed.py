@@ -54,6 +54,15 @@ FLIP = "reply = reply[:-1] + bytes([reply[-1] ^ 1])"
 REPEAT = "reply += reply"
 CLOSE = "break"
 
+GREETED = """
+import signal, socket, sys
+listener = socket.create_server(("127.0.0.1", 0))
+print("listening on 127.0.0.1:%d" % listener.getsockname()[1], flush=True)
+if listener.accept()[0].recv(1) == b"":
+    print("somebody came and left", file=sys.stderr, flush=True)
+signal.pause()
+"""
+
 SILENT = """
 import signal, socket
 listener = socket.create_server(("127.0.0.1", 0))
@@ -107,7 +116,7 @@ def test_comparison_prints_the_table_and_writes_it_with_the_chart(tmp_path: Path
     assert [title for title, _, _ in rows] == TITLES[1:]
     ratios = [ratio for _, _, ratio in rows]
     assert all(float(ratio) > 0 for ratio in ratios)
-    for versions in ("Python 3", "trioproto 0", "trio 0", "Linux "):
+    for versions in ("Python 3", "trioproto 0", "trio 0", "Linux ", "congestion control "):
         assert versions in done.stdout
     texts = texts_of((directory / "comparison.svg").read_text(encoding="utf-8"))
     assert {*TITLES[1:], *ratios, "asyncio-streams"} <= set(texts)
@@ -142,6 +151,12 @@ def test_silent_server_is_no_result(load: Path) -> None:
     """A server that accepts and never replies has no rate to compare with."""
     with pytest.raises(example["ComparisonError"], match="no reply"):
         measure_program(load, ECHO, SILENT)
+
+
+def test_first_connection_is_none_of_the_load(load: Path) -> None:
+    """Before the load begins, somebody connects and leaves: asyncio is at its full rate only from then on."""
+    with pytest.raises(example["ComparisonError"], match=r"(?m)^somebody came and left$"):
+        measure_program(load, ECHO, GREETED)
 
 
 def test_server_that_does_not_start_is_shown_with_its_last_words(load: Path) -> None:

@@ -25,6 +25,7 @@ import os
 import platform
 import shlex
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -133,6 +134,17 @@ def server_command(server: str, protocol: str, host: str) -> list[str]:
     return [sys.executable, str(HERE / "peers.py"), server, protocol, host]
 
 
+def greet(host: str, port: int) -> None:
+    """Connect once and leave, as a health check does.
+
+    It matters to asyncio: CPython's C library maps and unmaps the 256 KiB that asyncio's transports receive into, page
+    for page, for each receive, until such a buffer is once given back whole, which is at the end of a stream. A server
+    that nobody has ever left would be measured at less than half of its rate.
+    """
+    with contextlib.suppress(OSError):  # the load generator will say what is wrong
+        socket.create_connection((host, port)).close()
+
+
 def measure(command: Sequence[str], workload: Workload, time: float, *, load: Path, cores: tuple[int, int]) -> Run:
     """Start a server, put the load on it, and kill it.
 
@@ -155,6 +167,7 @@ def measure(command: Sequence[str], workload: Workload, time: float, *, load: Pa
                 host, _, port = server.stdout.readline().strip().rpartition(" ")[2].rpartition(":")
                 options = [host, port, workload.kind, str(workload.connections), str(workload.size), str(time)]
                 if port:
+                    greet(host, int(port))
                     with on_core(cores[1]):
                         done = subprocess.run([load, *options], capture_output=True, text=True, check=False)
             finally:
@@ -195,6 +208,11 @@ def cpu_model() -> str:
     return platform.machine()
 
 
+def congestion_control() -> str:
+    """Return which algorithm of TCP's the kernel uses (tcp(7)): one that paces, as bbr, makes bulk slower here."""
+    return Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text(encoding="utf-8").strip()
+
+
 def describe(results: Sequence[Result], rounds: int, time: float, cores: tuple[int, int]) -> list[str]:
     """Return lines that say under which conditions the results came about, and what went wrong."""
     versions = [f"Python {platform.python_version()}", f"trioproto {trioproto.__version__}", f"trio {trio.__version__}"]
@@ -205,7 +223,7 @@ def describe(results: Sequence[Result], rounds: int, time: float, cores: tuple[i
         f"The median over the rounds: {rounds}, of {time:g} s each.",
         "Above 1, trioproto answers more than the peer; below 1, less.",
         ", ".join(versions) + ".",
-        f"{platform.system()} {platform.release()}, {cpu_model()}, {where}.",
+        f"{platform.system()} {platform.release()}, {cpu_model()}, {where}; congestion control {congestion_control()}.",
     ]
     for result in results:
         for server, runs in result.runs.items():
