@@ -75,7 +75,7 @@ class Connection:
     `LAST_REQUESTS_SECONDS`.
 
     Args:
-        stream: the client's stream, of any kind. The connection takes charge of it.
+        stream: the client's stream, of any kind. The connection takes charge of it: no other task may use it.
         idle_timeout: seconds, above 0, that a client may let pass between two requests, or without taking any byte
             of a reply.
         request_timeout: seconds, above 0, that a request may take from its first byte to its last, and that a TLS
