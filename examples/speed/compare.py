@@ -137,9 +137,9 @@ def server_command(server: str, protocol: str, host: str) -> list[str]:
 def greet(host: str, port: int) -> None:
     """Connect once and leave, as a health check does.
 
-    It matters to asyncio: CPython's C library maps and unmaps the 256 KiB that asyncio's transports receive into, page
-    for page, for each receive, until such a buffer is once given back whole, which is at the end of a stream. A server
-    that nobody has ever left would be measured at less than half of its rate.
+    A server that nobody has ever left would not be at its full rate, if it is asyncio's: for each receive, glibc maps
+    and unmaps the 256 KiB that asyncio's transports receive into, until one such buffer has been given back whole, as
+    at the end of a stream (mallopt(3), M_MMAP_THRESHOLD). That takes more than half of the rate.
     """
     with contextlib.suppress(OSError):  # the load generator will say what is wrong
         socket.create_connection((host, port)).close()
