@@ -57,16 +57,21 @@ def test_restart_without_drain_is_seen_to_end_conversations() -> None:
     assert done.stderr == f"rolling_restart.py: {failed} requests failed\n"
 
 
-def test_without_haproxy_it_says_so_in_one_line(tmp_path: Path) -> None:
-    """Who lacks HAProxy is told to install it."""
-    done = subprocess.run(
+def run_with_programs_of(directory: Path) -> subprocess.CompletedProcess[str]:
+    """Run the example where ``directory`` is all that programs are looked for in."""
+    return subprocess.run(
         [sys.executable, EXAMPLE],
-        env=os.environ | {"PATH": str(tmp_path)},
+        env=os.environ | {"PATH": str(directory)},
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
+
+
+def test_without_haproxy_it_says_so_in_one_line(tmp_path: Path) -> None:
+    """Who lacks HAProxy is told to install it."""
+    done = run_with_programs_of(tmp_path)
 
     assert done.returncode == 1
     assert done.stderr == "rolling_restart.py: HAProxy is not installed: install it from your system's packages\n"
@@ -77,14 +82,7 @@ def test_haproxy_that_fails_is_quoted(tmp_path: Path) -> None:
     failing = tmp_path / "haproxy"
     failing.write_text("#!/bin/sh\necho 'no such keyword' >&2\nexit 1\n")
     failing.chmod(0o755)
-    done = subprocess.run(
-        [sys.executable, EXAMPLE],
-        env=os.environ | {"PATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_with_programs_of(tmp_path)
 
     assert done.returncode == 1
     assert done.stderr.endswith("haproxy.cfg failed: no such keyword\n")

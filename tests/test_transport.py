@@ -253,17 +253,18 @@ async def test_send_cancelled(pair: Pair) -> None:
     assert 0 < received < size
 
 
+async def close_when_it_waits(end: Transport | trio.SocketStream) -> None:
+    """Close ``end`` once every other task waits."""
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    await end.aclose()
+
+
 async def test_send_to_a_peer_that_has_gone(pair: Pair) -> None:
     """A peer that closes the connection breaks a send that waits for room, and each later one."""
     transport, peer = pair
-
-    async def close() -> None:
-        await trio.testing.wait_all_tasks_blocked(0.01)
-        await peer.aclose()
-
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(close)
+            nursery.start_soon(close_when_it_waits, peer)
             with pytest.raises(trio.BrokenResourceError):
                 await transport.send_all(bytes(50_000_000), LONG)
         with pytest.raises(trio.BrokenResourceError):
@@ -296,14 +297,9 @@ def use(request: pytest.FixtureRequest) -> Callable[[Transport], Awaitable[objec
 async def test_closed_while_it_waits(pair: Pair, use: Callable[[Transport], Awaitable[object]]) -> None:
     """Closing by another task wakes a task that waits; the error says who closed."""
     transport, _peer = pair
-
-    async def close() -> None:
-        await trio.testing.wait_all_tasks_blocked(0.05)
-        await transport.aclose()
-
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(close)
+            nursery.start_soon(close_when_it_waits, transport)
             with pytest.raises(trio.ClosedResourceError):
                 await use(transport)
 

@@ -209,7 +209,7 @@ def cpu_model() -> str:
 
 
 def congestion_control() -> str:
-    """Return which algorithm of TCP's the kernel uses (tcp(7)): one that paces, as bbr, makes bulk slower here."""
+    """Return the name of the kernel's algorithm (tcp(7)): one that paces makes bulk slower, even on loopback."""
     return Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text(encoding="utf-8").strip()
 
 
