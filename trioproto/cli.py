@@ -20,12 +20,12 @@ from trioproto.cli_bench import add_bench
 from trioproto.clients import echo_dialogue, echo_messages, echo_pipe, op_answer, op_dialogue
 from trioproto.connection import IDLE_TIMEOUT, REQUEST_TIMEOUT
 from trioproto.echo import echo_handler
-from trioproto.listeners import activated_fds, inherited_listener, tcp_listeners, unix_listener
 from trioproto.op import Request, op_handler
+from trioproto.process.listeners import activated_fds, inherited_listener, tcp_listeners, unix_listener
+from trioproto.process.service import serve_until_signal
+from trioproto.process.tls import client_context, server_context
+from trioproto.process.workers import supervise_workers
 from trioproto.server import ServerStats, serve_listeners
-from trioproto.service import serve_until_signal
-from trioproto.tls import client_context, server_context
-from trioproto.workers import supervise_workers
 
 _log = logging.getLogger("trioproto")
 

@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from trioproto.service import HANDSHAKE_SECONDS, serve_until_signal
+from trioproto.process.service import HANDSHAKE_SECONDS, serve_until_signal
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 

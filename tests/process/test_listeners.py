@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from trioproto.listeners import activated_fds, inherited_listener, tcp_listeners, unix_listener
+from trioproto.process.listeners import activated_fds, inherited_listener, tcp_listeners, unix_listener
 
 LIMIT = 20  # seconds, for a test that would otherwise hang
 NOT_ACCEPTED = 0.3  # seconds: less than it takes until a lost attempt to connect is repeated
@@ -117,7 +117,7 @@ async def test_tcp_elsewhere(lack: str, monkeypatch: pytest.MonkeyPatch) -> None
         if lack == "another system":
             monkeypatch.setattr(sys, "platform", "another")
         else:
-            monkeypatch.setattr("trioproto.listeners._SO_ATTACH_FILTER", 9999)
+            monkeypatch.setattr("trioproto.process.listeners._SO_ATTACH_FILTER", 9999)
     with socket.create_connection(listener.socket.getsockname(), LIMIT) as client:
         await echo_once(listener, client)
     await listener.aclose()

@@ -16,7 +16,7 @@ from helpers import MemoryListener, int32_bytes, request_bytes
 
 from trioproto import echo_handler, echo_request, op_handler, receive_exactly, serve_listeners
 from trioproto.connection import LINGER_SECONDS, LINGER_SILENCE
-from trioproto.tls import client_context, server_context
+from trioproto.process.tls import client_context, server_context
 
 Stream = trio.abc.HalfCloseableStream
 Tls = trio.SSLStream[Stream]

@@ -14,7 +14,7 @@ import pytest
 import trio
 import trio.testing
 
-from trioproto.workers import FIRST_WAIT, LONGEST_WAIT, SHORT_LIFE, supervise_workers
+from trioproto.process.workers import FIRST_WAIT, LONGEST_WAIT, SHORT_LIFE, supervise_workers
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and descriptors of POSIX")
 
@@ -112,7 +112,7 @@ async def test_stop_before_the_start() -> None:
 
 async def test_stop_between_two(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """A stop does not wait for the time at which a worker would be replaced."""
-    monkeypatch.setattr("trioproto.workers.FIRST_WAIT", 10 * LIMIT)
+    monkeypatch.setattr("trioproto.process.workers.FIRST_WAIT", 10 * LIMIT)
     workers = Workers("exit 3")
     async with supervised(workers, 1) as shutdown:
         await workers.pid()

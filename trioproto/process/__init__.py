@@ -1,0 +1,1 @@
+"""What makes a server a process: where it listens, TLS, signals, workers."""
