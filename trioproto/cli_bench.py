@@ -11,7 +11,7 @@ from pathlib import Path
 import trio
 
 from trioproto.arguments import HOST, PORTS, CommandError, port, positive, seconds, whole
-from trioproto.bench import Load, local_server, measure
+from trioproto.bench.load import Load, local_server, measure
 from trioproto.op import MAX_OPERANDS
 
 _MAX_CONNECTIONS = 10_000
@@ -29,7 +29,7 @@ async def _bench(args: argparse.Namespace) -> None:
     if args.depth * args.size > _MAX_IN_FLIGHT:
         args.error(f"--depth times --size is more than {_MAX_IN_FLIGHT} bytes")
     try:
-        from trioproto import bench_report  # noqa: PLC0415 - an extra
+        from trioproto.bench import report  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise CommandError(f"bench needs {error.name}; install it: pip install 'trioproto[bench]'") from None
 
@@ -61,20 +61,20 @@ async def _bench(args: argparse.Namespace) -> None:
                     rate=args.rate,
                     processes=args.processes,
                 )
-                with bench_report.progress(load) as on_progress:
+                with report.progress(load) as on_progress:
                     measurement = await measure(load, stop, on_progress)
             nursery.cancel_scope.cancel()
 
-    print(bench_report.table(load, measurement))
+    print(report.table(load, measurement))
     print()
     width = min(_MAX_WIDTH, shutil.get_terminal_size().columns)
-    print(bench_report.terminal_plot(measurement.latencies, width), flush=True)
+    print(report.terminal_plot(measurement.latencies, width), flush=True)
     if args.json:
         with _writing(args.json):
-            bench_report.write_json(args.json, load, measurement, interrupted=stop.is_set())
+            report.write_json(args.json, load, measurement, interrupted=stop.is_set())
     if args.plot:
         with _writing(args.plot):
-            bench_report.write_plot(args.plot, load, measurement)
+            report.write_plot(args.plot, load, measurement)
     if stop.is_set():
         raise KeyboardInterrupt
 

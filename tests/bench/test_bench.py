@@ -22,9 +22,9 @@ import pytest
 import trio
 import trio.testing
 
-import trioproto
-from trioproto import bench_report, echo_handler, receive_exactly
-from trioproto.bench import DRAIN, BenchError, Load, LoadGenerator, Measurement, local_server, measure
+from trioproto import echo_handler, receive_exactly
+from trioproto.bench import report
+from trioproto.bench.load import DRAIN, BenchError, Load, LoadGenerator, Measurement, local_server, measure
 from trioproto.cli import main
 from trioproto.testing import breaking_stream
 
@@ -481,7 +481,7 @@ def fake_python(directory: Path, script: str) -> str:
 GENERATOR = [
     sys.executable,
     "-m",
-    "trioproto.bench",
+    "trioproto.bench.load",
     json.dumps({"protocol": "op", "host": "127.0.0.1", "port": 1}),
     "0",
 ]
@@ -514,7 +514,7 @@ MEASUREMENT.latencies.record(0.000045, 7)
 
 def test_table() -> None:
     """The table says rate, errors by kind and percentiles, in 80 columns."""
-    text = bench_report.table(Load("op", "::1", 9191, rate=12345.5), MEASUREMENT)
+    text = report.table(Load("op", "::1", 9191, rate=12345.5), MEASUREMENT)
     assert "op at [::1]:9191, open loop of 12,345.5 requests/s" in text
     assert re.search(r"^rate +500 requests/s$", text, re.MULTILINE)
     assert re.search(r"^unanswered +7$", text, re.MULTILINE)
@@ -530,7 +530,7 @@ def test_table() -> None:
 
 def test_table_of_a_busy_generator() -> None:
     """When it may be the load generator that limits the rate, the table says so and what to do."""
-    text = bench_report.table(Load("echo", "127.0.0.1", 9190, processes=2), Measurement(seconds=1.0, busy=0.97))
+    text = report.table(Load("echo", "127.0.0.1", 9190, processes=2), Measurement(seconds=1.0, busy=0.97))
     assert "busy 97% of the time" in text
     assert "--processes 3" in text
     assert re.search(r"^( +0 µs){5}$", text, re.MULTILINE)
@@ -539,7 +539,7 @@ def test_table_of_a_busy_generator() -> None:
 
 def test_terminal_plot() -> None:
     """The plot has a row for each range of latencies, with its count and a bar as long as that says."""
-    lines = bench_report.terminal_plot(MEASUREMENT.latencies, 80).splitlines()
+    lines = report.terminal_plot(MEASUREMENT.latencies, 80).splitlines()
     assert max(map(len, lines)) <= 80
     counts = [int(re.search(r"[mµ]?s +([\d,]+)", line)[1].replace(",", "")) for line in lines]  # type: ignore[index]
     bars = [line.count("█") for line in lines]
@@ -553,7 +553,7 @@ def test_terminal_plot() -> None:
 
 def test_terminal_plot_of_nothing() -> None:
     """Without latencies there is no plot."""
-    assert bench_report.terminal_plot(Measurement().latencies, 80) == ""
+    assert report.terminal_plot(Measurement().latencies, 80) == ""
 
 
 def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -561,7 +561,7 @@ def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = terminal_pair()
     with os.fdopen(theirs, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        with bench_report.progress(Load("echo", "127.0.0.1", 9190, duration=4.0)) as show:
+        with report.progress(Load("echo", "127.0.0.1", 9190, duration=4.0)) as show:
             show(Measurement(seconds=1.0, answered=1000))
             show(Measurement(seconds=1.0, answered=1000))
             show(Measurement(seconds=3.5, answered=5000, errors=Counter({"wrong reply": 2})))
@@ -573,7 +573,7 @@ def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     """Where standard error is no terminal, there is no progress to be seen."""
-    with bench_report.progress(Load("echo", "127.0.0.1", 9190)) as show:
+    with report.progress(Load("echo", "127.0.0.1", 9190)) as show:
         show(MEASUREMENT)
     assert capsys.readouterr().err == ""
 
@@ -581,8 +581,8 @@ def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None
 def test_plot_files(tmp_path: Path) -> None:
     """A plot is SVG or PNG by its suffix, and leaves out of its background and colours black and white."""
     load = Load("echo", "127.0.0.1", 9190)
-    bench_report.write_plot(tmp_path / "latency.png", load, MEASUREMENT)
-    bench_report.write_plot(tmp_path / "latency.svg", load, MEASUREMENT)
+    report.write_plot(tmp_path / "latency.png", load, MEASUREMENT)
+    report.write_plot(tmp_path / "latency.svg", load, MEASUREMENT)
     assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG\r\n")
     svg = (tmp_path / "latency.svg").read_text()
     for label in ("p50 1.2", "p90 1.2", "p99 34", "p99.9 34", "max 1.50 s"):
@@ -593,20 +593,20 @@ def test_plot_files(tmp_path: Path) -> None:
 
 def test_plot_of_nothing(tmp_path: Path) -> None:
     """Without latencies a plot is an empty one."""
-    bench_report.write_plot(tmp_path / "latency.svg", Load("echo", "127.0.0.1", 9190), Measurement())
+    report.write_plot(tmp_path / "latency.svg", Load("echo", "127.0.0.1", 9190), Measurement())
     assert "p50" not in (tmp_path / "latency.svg").read_text()
 
 
 def test_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Without an address, bench starts a server, measures it, and reports on the terminal and in files."""
-    report, plot = tmp_path / "bench.json", tmp_path / "bench.svg"
+    json_file, plot = tmp_path / "bench.json", tmp_path / "bench.svg"
     options = ["--duration", "0.3", "--rate", "500", "--connections", "2", "--operands", "5"]
-    assert main(["bench", "op", *options, "--json", str(report), "--plot", str(plot)]) == 0
+    assert main(["bench", "op", *options, "--json", str(json_file), "--plot", str(plot)]) == 0
     out, err = capsys.readouterr()
     assert re.search(r"^answered +150$", out, re.MULTILINE)
     assert "█" in out
     assert err == ""
-    written = json.loads(report.read_text())
+    written = json.loads(json_file.read_text())
     assert written["answered"] == 150 == sum(count for _, count in written["histogram"])
     assert written["interrupted"] is False
     assert written["load"]["size"] == 5
@@ -634,8 +634,8 @@ def test_the_port_of_a_host(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Without the extra, bench says how to get it before it measures anything."""
-    monkeypatch.delattr(trioproto, "bench_report")
-    monkeypatch.delitem(sys.modules, "trioproto.bench_report")
+    monkeypatch.delattr("trioproto.bench.report")
+    monkeypatch.delitem(sys.modules, "trioproto.bench.report")
     monkeypatch.setitem(sys.modules, "plotext", None)
     monkeypatch.setattr(sys, "executable", "/nonexistent")
     assert main(["bench", "echo"]) == 1
@@ -720,14 +720,14 @@ def wait_for(pattern: bytes, terminal: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt(number: signal.Signals, tmp_path: Path) -> None:
     """Ctrl-C ends the load early and reports what was measured until then, with status 130; so does SIGTERM."""
-    report = tmp_path / "bench.json"
-    with running_bench("echo", "--duration", "600", "--json", str(report)) as (bench, terminal):
+    json_file = tmp_path / "bench.json"
+    with running_bench("echo", "--duration", "600", "--json", str(json_file)) as (bench, terminal):
         wait_for(rb"[1-9][\d,]*/s, 0 errors", terminal)
         os.killpg(bench.pid, number)  # as a terminal does: to all that run in it
         out, _ = bench.communicate(timeout=10)
     assert bench.returncode == 130
     assert re.search(rb"^answered +[1-9]", out, re.MULTILINE)
-    written = json.loads(report.read_text())
+    written = json.loads(json_file.read_text())
     assert written["interrupted"] is True
     assert 0 < written["seconds"] < 60
 

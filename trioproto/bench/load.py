@@ -2,7 +2,7 @@
 
 `measure` starts load generators, each a process of its own, so that one core's worth of Python is not the limit::
 
-    python -m trioproto.bench LOAD NUMBER
+    python -m trioproto.bench.load LOAD NUMBER
 
 LOAD is a `Load` in JSON, NUMBER says which of its processes this one is. It opens its connections and writes a line
 to standard output: its `Measurement` so far, in JSON. A byte on standard input starts the load. From then on it
@@ -28,7 +28,7 @@ import attrs
 import trio
 
 from trioproto.addresses import failure_reason, format_address
-from trioproto.histogram import Histogram
+from trioproto.bench.histogram import Histogram
 from trioproto.op import INT32_MAX, INT32_MIN, Reply, Request, calculate
 from trioproto.streams import RECEIVE_SIZE
 
@@ -230,7 +230,7 @@ class _Process:
     async def run(self, load: Load, number: int) -> None:
         """Run it, and keep `measurement` up to date, until it is done."""
         async with trio.open_nursery() as nursery:
-            arguments = ("-m", "trioproto.bench", json.dumps(attrs.asdict(load)), str(number))
+            arguments = ("-m", "trioproto.bench.load", json.dumps(attrs.asdict(load)), str(number))
             self._process = await nursery.start(_run_python, *arguments)
             line = b""
             async for chunk in self._process.stdout:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trioproto.histogram import Histogram
+from trioproto.bench.histogram import Histogram
 
 LATENCIES = st.lists(st.floats(min_value=1e-6, max_value=3600), min_size=1, max_size=200)
 

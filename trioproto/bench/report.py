@@ -15,8 +15,8 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from tqdm import tqdm
 
 from trioproto.addresses import format_address
-from trioproto.bench import Load, Measurement
-from trioproto.histogram import Histogram
+from trioproto.bench.histogram import Histogram
+from trioproto.bench.load import Load, Measurement
 
 _PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9, "max": 100.0}
 # From this share on, a load generator may be what limits the rate.

@@ -1,0 +1,1 @@
+"""What a server does under load: the load, the latencies, the report."""
