@@ -2,6 +2,6 @@
 
 import sys
 
-from trioproto.cli import main
+from trioproto.cli.main import main
 
 sys.exit(main())

@@ -38,7 +38,7 @@ import attrs
 import trio
 
 import trioproto
-from trioproto.arguments import count, seconds
+from trioproto.cli.arguments import count, seconds
 
 HERE = Path(__file__).parent
 PEERS = ["trio", "asyncio-streams", "asyncio-protocol", "uvloop-streams", "uvloop-protocol"]

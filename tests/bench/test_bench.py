@@ -25,7 +25,7 @@ import trio.testing
 from trioproto import echo_handler, receive_exactly
 from trioproto.bench import report
 from trioproto.bench.load import DRAIN, BenchError, Load, LoadGenerator, Measurement, local_server, measure
-from trioproto.cli import main
+from trioproto.cli.main import main
 from trioproto.testing import breaking_stream
 
 Handler = Callable[[trio.abc.HalfCloseableStream], Awaitable[object]]
@@ -684,7 +684,7 @@ def terminal_pair() -> tuple[int, int]:
 # Runs the command line, and in place of this Python the program that is given first.
 WITH_FAKE_PYTHON = """
 import sys
-from trioproto.cli import main
+from trioproto.cli.main import main
 sys.executable = sys.argv.pop(1)
 sys.exit(main())
 """

@@ -14,10 +14,10 @@ import trio
 
 from trioproto import __version__
 from trioproto.addresses import failure_reason, format_address
-from trioproto.arguments import HOST, PORTS, CommandError, count, descriptor, port, seconds
 from trioproto.bench.load import BenchError
-from trioproto.cli_bench import add_bench
-from trioproto.clients import echo_dialogue, echo_messages, echo_pipe, op_answer, op_dialogue
+from trioproto.cli.arguments import HOST, PORTS, CommandError, count, descriptor, port, seconds
+from trioproto.cli.bench import add_bench
+from trioproto.cli.clients import echo_dialogue, echo_messages, echo_pipe, op_answer, op_dialogue
 from trioproto.connection import IDLE_TIMEOUT, REQUEST_TIMEOUT
 from trioproto.echo import echo_handler
 from trioproto.op import Request, op_handler

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import trio
 
-from trioproto.arguments import HOST, PORTS, CommandError, port, positive, seconds, whole
 from trioproto.bench.load import Load, local_server, measure
+from trioproto.cli.arguments import HOST, PORTS, CommandError, port, positive, seconds, whole
 from trioproto.op import MAX_OPERANDS
 
 _MAX_CONNECTIONS = 10_000

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 import trioproto
-from trioproto.cli import main
+from trioproto.cli.main import main
 
 # Seconds after which a command hangs, even on a machine that has much else to do.
 TIMEOUT = 30.0
@@ -29,7 +29,7 @@ TIMEOUT = 30.0
 MUCH = random.Random(1).randbytes(4 * 2**20)
 
 # What runs when tqdm is not installed: importing it fails.
-WITHOUT_TQDM = "import sys; sys.modules['tqdm'] = None; from trioproto.cli import main; sys.exit(main())"
+WITHOUT_TQDM = "import sys; sys.modules['tqdm'] = None; from trioproto.cli.main import main; sys.exit(main())"
 
 # What runs when a host has two addresses, here without a name server.
 WITH_TWO_ADDRESSES = """
@@ -38,7 +38,7 @@ lookup = socket.getaddrinfo
 def lookup_both(host, *rest):
     return lookup("127.0.0.1", *rest) + lookup("127.0.0.2", *rest)
 socket.getaddrinfo = lookup_both
-from trioproto.cli import main
+from trioproto.cli.main import main
 sys.exit(main())
 """
 
