@@ -10,7 +10,7 @@ Run it::
     python examples/6_your_own_protocol.py
 
 Look for the bytes on the wire, and for what becomes of a client that announces more than there may be. Its test,
-tests/test_example_6_your_own_protocol.py, cuts two requests in each of the 1024 ways in which they can arrive.
+tests/examples/test_6_your_own_protocol.py, cuts two requests in each of the 1024 ways in which they can arrive.
 """
 
 import functools

@@ -15,7 +15,7 @@ import trio
 
 from trioproto import op_request, receive_exactly
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 UNITS = EXAMPLES / "systemd"
 reserve_port = runpy.run_path(str(EXAMPLES / "8_haproxy" / "rolling_restart.py"))["reserve_port"]
 

@@ -9,7 +9,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "3_conversation.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "3_conversation.py"
 SVG = EXAMPLE.with_name("conversation.svg")
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="packet sockets are Linux's")

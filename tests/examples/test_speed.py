@@ -11,7 +11,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "speed" / "compare.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "speed" / "compare.py"
 example = runpy.run_path(str(EXAMPLE))
 Result, Run, Workload = example["Result"], example["Run"], example["Workload"]
 

@@ -16,7 +16,7 @@ import trio
 from trioproto import op_handler, op_request, receive_exactly, serve_tcp
 from trioproto.addresses import format_address
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "8_haproxy" / "rolling_restart.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "8_haproxy" / "rolling_restart.py"
 example = runpy.run_path(str(EXAMPLE))
 
 needs_haproxy = pytest.mark.skipif(shutil.which("haproxy") is None, reason="HAProxy is not installed")

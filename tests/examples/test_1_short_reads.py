@@ -7,7 +7,7 @@ import pytest
 
 from trioproto.testing import fragmentations
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "1_short_reads.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "1_short_reads.py"
 example = runpy.run_path(str(EXAMPLE))
 
 

@@ -9,7 +9,7 @@ import trio
 from trioproto import receive_exactly, serve_tcp
 from trioproto.testing import converse, fragmentations
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "5_inside_an_app.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "5_inside_an_app.py"
 example = runpy.run_path(str(EXAMPLE))
 
 shout_handler = example["shout_handler"]

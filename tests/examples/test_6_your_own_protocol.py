@@ -8,7 +8,7 @@ import pytest
 
 from trioproto.testing import converse, fragmentations
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "6_your_own_protocol.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "6_your_own_protocol.py"
 example = runpy.run_path(str(EXAMPLE))
 
 REQUESTS = b"S\x00\x01k\x00\x01v" + b"G\x00\x01k"

@@ -11,7 +11,7 @@ import trio.testing
 
 from trioproto import ServerStats
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "4_game_tick.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "4_game_tick.py"
 example = runpy.run_path(str(EXAMPLE))
 
 TICK = example["TICK"]

@@ -16,7 +16,7 @@ import trio.testing
 from trioproto import receive_exactly, serve_tcp
 from trioproto.testing import Cuts, converse, fragmented_stream_pair, random_cuts
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "7_way_to_rtmp.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "7_way_to_rtmp.py"
 example = runpy.run_path(str(EXAMPLE))
 
 encode_amf0 = example["encode_amf0"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "2_tcp_buffers.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "2_tcp_buffers.py"
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the example asks Linux's kernel for its numbers")
 
