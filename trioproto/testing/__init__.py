@@ -1,5 +1,6 @@
-"""Fakes for tests of protocols, those of your own among them."""
+"""For tests of servers and protocols, your own among them: a network in memory, and fakes of single streams."""
 
+from trioproto.testing.network import Network, NetworkListener, NetworkStream
 from trioproto.testing.streams import (
     Cuts,
     breaking_stream,
@@ -12,6 +13,9 @@ from trioproto.testing.streams import (
 
 __all__ = [
     "Cuts",
+    "Network",
+    "NetworkListener",
+    "NetworkStream",
     "breaking_stream",
     "converse",
     "fragmentations",
