@@ -1,13 +1,28 @@
-"""What several test files need: a second opinion on the op protocol, and a listener without sockets."""
+"""What several test files need: a second opinion on the op protocol, streams of each kind, servers, and clients."""
 
+import contextlib
 import ctypes
+import functools
 import math
 import operator
-from collections.abc import Sequence
+import os
+import socket
+import ssl
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
 
 import trio
 import trio.testing
+import trustme
 from hypothesis import strategies as st
+
+from trioproto import serve_listeners
+
+Stream = trio.abc.HalfCloseableStream
+Handler = Callable[..., Awaitable[object]]
+
+LIMIT = 20  # seconds, for a test on real sockets that would otherwise hang
 
 STEPS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
@@ -66,16 +81,20 @@ class MemoryListener(trio.abc.Listener[trio.abc.HalfCloseableStream]):
 
     Args:
         errors: what the first calls of `accept` raise, one each.
+        pair: makes the two ends of a connection.
     """
 
-    def __init__(self, *errors: Exception) -> None:
+    def __init__(
+        self, *errors: Exception, pair: Callable[[], tuple[Stream, Stream]] = trio.testing.memory_stream_pair
+    ) -> None:
         self._errors = list(errors)
+        self._pair = pair
         self._connect, self._queue = trio.open_memory_channel[trio.abc.HalfCloseableStream](math.inf)
         self.closed = False
 
     def connect(self) -> trio.abc.HalfCloseableStream:
         """Queue a connection, and return the client's side of it."""
-        client, served = trio.testing.memory_stream_pair()
+        client, served = self._pair()
         self._connect.send_nowait(served)
         return client
 
@@ -90,3 +109,122 @@ class MemoryListener(trio.abc.Listener[trio.abc.HalfCloseableStream]):
         """Note that the listener is closed."""
         self.closed = True
         await trio.lowlevel.checkpoint()
+
+
+# Streams.
+
+
+async def socket_streams() -> tuple[trio.SocketStream, trio.SocketStream]:
+    """Return the two ends of a TCP connection: the client's, and the server's."""
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener:
+        client = await trio.testing.open_stream_to_socket_listener(listener)
+        return client, await listener.accept()
+
+
+@functools.cache
+def tls_contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Return TLS settings for a client and for the server that it trusts."""
+    authority = trustme.CA()
+    client, server = ssl.create_default_context(), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.configure_trust(client)
+    authority.issue_cert("localhost").configure_cert(server)
+    return client, server
+
+
+def client_tls(stream: trio.abc.Stream) -> trio.SSLStream[Any]:
+    """Wrap the client's end of a connection in TLS."""
+    return trio.SSLStream(stream, tls_contexts()[0], server_hostname="localhost")
+
+
+def server_tls(stream: trio.abc.Stream) -> trio.SSLStream[Any]:
+    """Wrap the server's end of a connection in TLS."""
+    return trio.SSLStream(stream, tls_contexts()[1], server_side=True)
+
+
+class Sticky(trio.abc.Stream):
+    """A stream that can be closed only by force."""
+
+    forced = False
+
+    async def aclose(self) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            self.forced = True
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        raise NotImplementedError
+
+    async def wait_send_all_might_not_block(self) -> None:
+        raise NotImplementedError
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        raise NotImplementedError
+
+
+def fill(stream: trio.SocketStream) -> int:
+    """Send until the system takes no more, because the peer does not read, and return how much it took."""
+    filled = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            filled += os.write(stream.socket.fileno(), bytes(65536))
+    return filled
+
+
+def reset(stream: trio.SocketStream) -> None:
+    """Break the connection off: closing a socket that must not linger sends a reset (socket(7), SO_LINGER)."""
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    stream.socket.close()
+
+
+async def receive_to_end(stream: trio.abc.ReceiveStream) -> bytes:
+    """Receive until end of stream."""
+    received = bytearray()
+    async for chunk in stream:
+        received += chunk
+    return bytes(received)
+
+
+async def send_after(stream: trio.abc.SendStream, data: bytes, seconds: float) -> None:
+    """Send ``data`` later; the peer may have gone."""
+    await trio.sleep(seconds)
+    with contextlib.suppress(trio.BrokenResourceError):
+        await stream.send_all(data)
+
+
+# Servers.
+
+
+@contextlib.asynccontextmanager
+async def served(
+    handler: Handler, pair: Callable[[], tuple[Stream, Stream]] = trio.testing.memory_stream_pair
+) -> AsyncIterator[Stream]:
+    """Run ``handler`` for one client, and give that one's stream; in the end, see the handler to its end."""
+    client, theirs = pair()
+    with trio.fail_after(1000):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(handler, theirs)
+            async with client:
+                yield client
+
+
+@contextlib.asynccontextmanager
+async def serving(handler: Handler, listener: trio.abc.Listener[Any]) -> AsyncIterator[trio.Event]:
+    """Run a server, and give the event that stops it; in the end, see it return."""
+    shutdown = trio.Event()
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(functools.partial(serve_listeners, handler, [listener], shutdown=shutdown))
+            yield shutdown
+
+
+@contextlib.asynccontextmanager
+async def connected(handler: Handler) -> AsyncIterator[trio.SocketStream]:
+    """Serve a TCP connection with ``handler``, and give the client's end; in the end, see the handler to its end."""
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with serving(handler, listener) as shutdown:
+        client = await trio.testing.open_stream_to_socket_listener(listener)
+        async with client:
+            yield client
+        shutdown.set()

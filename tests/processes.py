@@ -1,6 +1,7 @@
 """Servers as processes of their own, as a user starts them, and what clients and operators do to them."""
 
 import contextlib
+import errno
 import os
 import re
 import resource
@@ -222,6 +223,14 @@ async def receive_all(stream: trio.abc.ReceiveStream) -> bytes:
     async for more in stream:
         received += more
     return bytes(received)
+
+
+def is_refused(address: str) -> bool:
+    """Whether nobody listens on ``address``, which is HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    with socket.socket() as client:
+        client.bind(("127.0.0.9", 0))  # a client that is given the very port that it tries connects to itself
+        return client.connect_ex((host, int(port))) == errno.ECONNREFUSED
 
 
 def reset(stream: trio.SocketStream) -> None:

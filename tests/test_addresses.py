@@ -1,15 +1,17 @@
-"""How addresses and peers are written."""
+"""How addresses, peers, and failures are written."""
 
+import errno
+import os
 import socket
 import ssl
-import struct
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
+from helpers import MemoryListener, reset, socket_streams
 
-from trioproto.addresses import format_address, peer_name
+from trioproto.addresses import failure_reason, format_address, peer_address, peer_name
 
 
 @pytest.mark.parametrize(
@@ -55,17 +57,51 @@ async def test_unix_peer(tmp_path: Path) -> None:
 
 
 async def test_peer_that_is_gone() -> None:
-    """A connection that was reset has no peer any more, and saying so is no error."""
-    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    async with listeners[0] as listener:
-        client = await trio.testing.open_stream_to_socket_listener(listener)
-        async with await listener.accept() as served:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            await client.aclose()
-            assert peer_name(served) == "a peer that is gone"
+    """A connection that was reset has no address any more, and asking for it is no error."""
+    client, served = await socket_streams()
+    async with served:
+        reset(client)
+        assert peer_address(served) is None
+        assert peer_name(served) == "SocketStream"
 
 
 def test_peer_without_socket() -> None:
-    """A stream in memory goes by the name of its class."""
+    """A stream in memory goes by the name of its class, unless it has an address of its own."""
     stream, _ = trio.testing.memory_stream_pair()
+    assert peer_address(stream) is None
     assert peer_name(stream) == "StapledStream"
+
+    class Addressed(MemoryListener):
+        peer_address = ("client", 50000)
+
+    assert peer_name(Addressed()) == "client:50000"
+
+
+# Failures.
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    """Return ``error`` as ``raise error from cause`` leaves it."""
+    error.__cause__ = cause
+    return error
+
+
+REFUSED = OSError(errno.ECONNREFUSED, "as Python has it")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (REFUSED, os.strerror(errno.ECONNREFUSED)),
+        (caused(trio.BrokenResourceError("broken"), REFUSED), os.strerror(errno.ECONNREFUSED)),
+        (caused(OSError("all attempts failed"), ExceptionGroup("", [REFUSED])), os.strerror(errno.ECONNREFUSED)),
+        (ssl.SSLError(1, "wrong version"), "wrong version"),
+        (socket.gaierror(socket.EAI_NONAME, "unknown name"), "unknown name"),
+        (OSError("no number"), "no number"),
+        (trio.BrokenResourceError("broken"), "broken"),
+    ],
+    ids=repr,
+)
+def test_failure_reason(error: Exception, reason: str) -> None:
+    """A failure is given in the words of the system, from its first cause; those of TLS in the words of OpenSSL."""
+    assert failure_reason(error) == reason

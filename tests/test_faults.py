@@ -13,6 +13,9 @@ import trustme
 from helpers import decode_by_the_table, request_bytes
 from processes import ANSWER, PEER, QUESTION, paused, receive_all, reset, serving
 
+# How the log names a client, and the server that it is connected to.
+CLIENT = f"{PEER} to {PEER}"
+
 BOTH = pytest.mark.parametrize("protocol", ["echo", "op"])
 
 
@@ -53,7 +56,7 @@ async def test_half_close(protocol: str) -> None:
 
 async def test_end_in_mid_request() -> None:
     """A client that ends in the middle of a request gets the replies before it, and one line in the log."""
-    half = f"{PEER} ended in the middle of a request"
+    half = f"{CLIENT}: ended in the middle of a request"
     async with serving("op", complaints=[half]) as server, await server.tcp() as stream:
         await stream.send_all(QUESTION * 3 + QUESTION[:-1])
         await stream.send_eof()
@@ -124,7 +127,7 @@ async def test_slow_loris() -> None:
             assert await stream.receive_some() == b""
             nursery.cancel_scope.cancel()
 
-    late = f"{PEER}, awaiting the rest of a request, timed out"
+    late = f"{CLIENT}: timed out, awaiting the rest of a request"
     options = ["--request-timeout=0.5"]
     async with serving("op", *options, complaints=[late] * 10) as server, trio.open_nursery() as nursery:
         for _ in range(10):
@@ -142,7 +145,7 @@ async def test_idle_timeout() -> None:
 
 async def test_reply_timeout() -> None:
     """A client that takes no reply for too long is ended, with a line in the log."""
-    late = f"{PEER}, awaiting room for a reply, timed out"
+    late = f"{CLIENT}: timed out, awaiting room for a reply"
     with small_buffers() as listening:
         where = [f"--fd={listening.fileno()}", "--idle-timeout=0.5"]
         serving_it = serving("op", where=where, pass_fds=[listening.fileno()], complaints=[late])
@@ -156,7 +159,7 @@ async def test_no_descriptors_left() -> None:
 
     Meanwhile those who are connected are served, also with bulk.
     """
-    short = "cannot accept: Too many open files; new connections wait until others have ended"
+    short = f"{PEER}: cannot accept: Too many open files; new connections wait"
     bulk = random.Random(2).randbytes(2**20)
     async with serving("echo", complaints=[short]) as server, contextlib.AsyncExitStack() as stack:
         first = await server.tcp()
@@ -190,7 +193,7 @@ async def test_random_payloads() -> None:
     payloads += [request_bytes([chance.randrange(2**31)], chr(chance.randrange(128))) for _ in range(40)]
     understood = [decode_by_the_table(payload) for payload in payloads]
     complaints = [
-        f"{PEER} sent a malformed request: .*" if malformed else f"{PEER} ended in the middle of a request"
+        f"{CLIENT}: protocol error: .*" if malformed else f"{CLIENT}: ended in the middle of a request"
         for _, unfinished, malformed in understood
         if malformed or unfinished
     ]
@@ -205,7 +208,7 @@ async def test_random_payloads() -> None:
 @pytest.mark.parametrize("bad", [b"\0", b"\1\0\0\0\0/"], ids=["count", "operator"])
 async def test_malformed_request_behind_good_ones(bad: bytes) -> None:
     """Fifty replies that are owed arrive, then end of stream, whatever more the client has sent and still sends."""
-    malformed = f"{PEER} sent a malformed request: .*"
+    malformed = f"{CLIENT}: protocol error: .*"
     async with serving("op", complaints=[malformed]) as server, await server.tcp() as stream:
         await stream.send_all(QUESTION * 50 + bad + b"more" * 50_000)
         await server.logged(malformed)
@@ -289,7 +292,7 @@ def tls_options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 async def test_tls_client_that_says_nothing(tls_options: list[str]) -> None:
     """A client that never shakes hands is ended when the time for it is over, with one line in the log."""
-    late = f"{PEER}, awaiting a TLS handshake, timed out"
+    late = f"{CLIENT}: timed out, awaiting a TLS handshake"
     tls_options = [*tls_options, "--request-timeout=0.5"]
     async with serving("op", *tls_options, tls=tls_client(), complaints=[late]) as server, await server.tcp() as stream:
         await server.answers_anew()
@@ -298,7 +301,7 @@ async def test_tls_client_that_says_nothing(tls_options: list[str]) -> None:
 
 async def test_tls_client_that_speaks_plain(tls_options: list[str]) -> None:
     """A client that speaks plain to a TLS server is ended, with one line in the log."""
-    broken = f"{PEER}, awaiting a TLS handshake, broke the connection: .*"
+    broken = f"{CLIENT}: broke the connection, awaiting a TLS handshake: .*"
     async with serving("op", *tls_options, tls=tls_client(), complaints=[broken] * 2) as server:
         for said in (QUESTION * 10, b"GET / HTTP/1.1\r\n\r\n"):
             async with await server.tcp() as stream:
@@ -314,7 +317,7 @@ async def test_tls_client_that_speaks_plain(tls_options: list[str]) -> None:
 )
 async def test_tls_client_with_wrong_certificates(tls_options: list[str], context: ssl.SSLContext) -> None:
     """Where either side does not accept the other's certificate, nothing is served, and one line says so."""
-    broken = f"{PEER}, awaiting a TLS handshake, broke the connection: .*"
+    broken = f"{CLIENT}: broke the connection, awaiting a TLS handshake: .*"
     async with serving("op", *tls_options, tls=tls_client(), complaints=[broken]) as server:
         stream = trio.SSLStream(await server.tcp(), context, server_hostname="localhost")
         with pytest.raises(trio.BrokenResourceError):

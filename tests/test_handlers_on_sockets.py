@@ -3,7 +3,6 @@
 import logging
 import random
 import socket
-import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -12,8 +11,17 @@ from functools import partial
 import pytest
 import trio
 import trio.testing
-import trustme
-from helpers import fold_as_c_does, int32_bytes, reply_bytes, request_bytes
+from helpers import (
+    LIMIT,
+    client_tls,
+    fold_as_c_does,
+    int32_bytes,
+    receive_to_end,
+    reply_bytes,
+    request_bytes,
+    reset,
+    server_tls,
+)
 
 import trioproto
 from trioproto import echo_handler, echo_request, op_handler, op_request, receive_exactly
@@ -22,7 +30,6 @@ Handler = Callable[[trio.abc.Stream], Awaitable[object]]
 SocketHandler = Callable[[trio.SocketStream], Awaitable[object]]
 ServeTcp = Callable[..., Awaitable[object]]
 
-LIMIT = 20  # seconds, for a test that would otherwise hang
 MIN = -(2**31)
 MAX = 2**31 - 1
 
@@ -75,20 +82,6 @@ def ending(handler: SocketHandler, ended: trio.Event) -> SocketHandler:
 async def connect(listener: trio.SocketListener) -> trio.SocketStream:
     """Connect to ``listener``."""
     return await trio.testing.open_stream_to_socket_listener(listener)
-
-
-def reset(client: trio.SocketStream) -> None:
-    """Break the connection: closing a socket that must not linger sends a reset."""
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    client.socket.close()
-
-
-async def receive_to_end(stream: trio.abc.ReceiveStream) -> bytes:
-    """Receive all there is until end of stream."""
-    received = bytearray()
-    async for chunk in stream:
-        received += chunk
-    return bytes(received)
 
 
 # Clients that break the connection.
@@ -383,39 +376,26 @@ async def test_unix_socket() -> None:
                     assert await receive_to_end(client) == expected
 
 
-@pytest.fixture(scope="module")
-def tls_contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """A client's TLS settings and a server's."""
-    authority = trustme.CA()
-    client = ssl.create_default_context()
-    authority.configure_trust(client)
-    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    authority.issue_cert("localhost").configure_cert(server)
-    return client, server
-
-
 @asynccontextmanager
 async def connected_with_tls(
-    nursery: trio.Nursery, serve_tcp: ServeTcp, handler: Handler, contexts: tuple[ssl.SSLContext, ssl.SSLContext]
+    nursery: trio.Nursery, serve_tcp: ServeTcp, handler: Handler
 ) -> AsyncIterator[trio.SSLStream[trio.SocketStream]]:
     """Start a server behind TLS and connect one client to it."""
 
     async def handle(stream: trio.SocketStream) -> None:
-        await handler(trio.SSLStream(stream, contexts[1], server_side=True))
+        await handler(server_tls(stream))
 
     async with connected(nursery, serve_tcp, handle) as transport:
-        yield trio.SSLStream(transport, contexts[0], server_hostname="localhost")
+        yield client_tls(transport)
 
 
-async def test_tls(
-    serve_tcp: ServeTcp, nursery: trio.Nursery, tls_contexts: tuple[ssl.SSLContext, ssl.SSLContext]
-) -> None:
+async def test_tls(serve_tcp: ServeTcp, nursery: trio.Nursery) -> None:
     """Both handlers serve TLS streams."""
     with trio.fail_after(LIMIT):
-        async with connected_with_tls(nursery, serve_tcp, echo_handler, tls_contexts) as client:
+        async with connected_with_tls(nursery, serve_tcp, echo_handler) as client:
             assert await echo_request(client, bytes(1_000_000)) == bytes(1_000_000)
             await client.aclose()
-        async with connected_with_tls(nursery, serve_tcp, op_handler, tls_contexts) as client:
+        async with connected_with_tls(nursery, serve_tcp, op_handler) as client:
             assert await op_request(client, [1, 2], "+") == 3
             await client.aclose()
 
@@ -425,30 +405,28 @@ async def test_tls_that_is_none(
     handler: Handler,
     serve_tcp: ServeTcp,
     nursery: trio.Nursery,
-    tls_contexts: tuple[ssl.SSLContext, ssl.SSLContext],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A client that speaks no TLS ends its handler, with one line in the log; one that just leaves, with none."""
     with trio.fail_after(LIMIT):
-        async with connected_with_tls(nursery, serve_tcp, handler, tls_contexts) as client:
+        async with connected_with_tls(nursery, serve_tcp, handler) as client:
             await client.transport_stream.send_all(b"GET / HTTP/1.0\r\n\r\n")
             await receive_to_end(client.transport_stream)
-        async with connected_with_tls(nursery, serve_tcp, handler, tls_contexts) as client:
+        async with connected_with_tls(nursery, serve_tcp, handler) as client:
             await client.do_handshake()
             await client.transport_stream.aclose()
     [message] = caplog.messages
-    assert "awaiting a TLS handshake, broke the connection" in message
+    assert "broke the connection, awaiting a TLS handshake" in message
 
 
 async def test_tls_malformed_request(
     serve_tcp: ServeTcp,
     nursery: trio.Nursery,
-    tls_contexts: tuple[ssl.SSLContext, ssl.SSLContext],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Behind TLS too, the replies before a malformed request arrive, and the log names client and reason."""
     with trio.fail_after(LIMIT):
-        async with connected_with_tls(nursery, serve_tcp, op_handler, tls_contexts) as client:
+        async with connected_with_tls(nursery, serve_tcp, op_handler) as client:
             address = "{}:{}".format(*client.transport_stream.socket.getsockname())
             await client.send_all(request_bytes([1, 2], "+") + b"\x00")
             assert await receive_to_end(client) == int32_bytes(3)

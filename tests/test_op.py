@@ -10,8 +10,8 @@ from helpers import cuts, fold_as_c_does, int32, int32_bytes, op_requests, reply
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from trioproto import IncompleteReadError, calculate, op_handler, op_request
-from trioproto.op import MalformedRequestError, OpConnection, Reply, Request
+from trioproto import IncompleteReadError, ProtocolError, calculate, op_handler, op_request
+from trioproto.op import Reply, Request, answer
 from trioproto.testing import breaking_stream, converse, fragmentations, fragmented_stream_pair, stalling_stream
 
 MIN = -(2**31)
@@ -106,21 +106,21 @@ def test_request_that_cannot_be(operands: list[int], operator: str, message: str
 @pytest.mark.parametrize("data", [b"", *(request_bytes([1, 2], "+")[:end] for end in range(1, 10))])
 def test_decode_less_than_a_request(data: bytes) -> None:
     """Part of a request is none."""
-    with pytest.raises(MalformedRequestError, match=f"{len(data)} bytes"):
+    with pytest.raises(ProtocolError, match=f"{len(data)} bytes"):
         Request.decode(data)
 
 
 @pytest.mark.parametrize("more", [b"\x01", request_bytes([1], "+")])
 def test_decode_more_than_a_request(more: bytes) -> None:
     """A request with more bytes behind it is none."""
-    with pytest.raises(MalformedRequestError, match="not one whole request"):
+    with pytest.raises(ProtocolError, match="not one whole request"):
         Request.decode(request_bytes([1, 2], "+") + more)
 
 
 @pytest.mark.parametrize(("data", "reason"), MALFORMED)
 def test_decode_malformed(data: bytes, reason: str) -> None:
     """What is no request is an error that names what is wrong."""
-    with pytest.raises(MalformedRequestError) as caught:
+    with pytest.raises(ProtocolError) as caught:
         Request.decode(data)
     assert reason in str(caught.value)
 
@@ -136,35 +136,30 @@ def test_reply(result: int) -> None:
 
 
 @given(requests=st.lists(op_requests, max_size=5), data=st.data())
-def test_connection(requests: list[tuple[list[int], str]], data: st.DataObject) -> None:
-    """Each reply comes with the byte that completes its request, wherever the bytes are cut."""
+def test_answer(requests: list[tuple[list[int], str]], data: st.DataObject) -> None:
+    """Each request that is complete has its reply; what is left is the one that is not, wherever the bytes are cut."""
     sent = b"".join(request_bytes(*request) for request in requests)
-    places = sorted(data.draw(st.sets(st.integers(0, len(sent)), max_size=10)))
-    connection = OpConnection()
+    end = data.draw(st.integers(0, len(sent)))
+    complete = b""
     replies = b""
-    for start, end in zip([0, *places], [*places, len(sent)], strict=True):
-        replies += connection.receive_data(sent[start:end])
-        # All of the requests that are complete by now, and what is over of the next one.
-        complete = b""
-        expected = b""
-        for request in requests:
-            if len(complete) + len(request_bytes(*request)) > end:
-                break
-            complete += request_bytes(*request)
-            expected += reply_bytes(*request)
-        assert replies == expected
-        assert connection.unfinished == sent[len(complete) : end]
-    assert connection.malformed is None
+    for request in requests:
+        if len(complete) + len(request_bytes(*request)) > end:
+            break
+        complete += request_bytes(*request)
+        replies += reply_bytes(*request)
+    assert answer(sent[:end]) == (replies, sent[len(complete) : end])
 
 
 @pytest.mark.parametrize(("malformed", "reason"), MALFORMED)
-def test_connection_malformed(malformed: bytes, reason: str) -> None:
-    """A malformed request is noted, and the replies to those before it are there nevertheless."""
-    connection = OpConnection()
+def test_answer_before_a_malformed_request(malformed: bytes, reason: str) -> None:
+    """The requests before a malformed one are answered first; then what is left begins with it, which is an error."""
     sent = request_bytes([1, 2], "+") + request_bytes([3, 4], "*") + malformed + request_bytes([5], "+")
-    assert connection.receive_data(sent) == int32_bytes(3) + int32_bytes(12)
-    assert connection.malformed is not None
-    assert reason in connection.malformed
+    replies, rest = answer(sent)
+    assert replies == int32_bytes(3) + int32_bytes(12)
+    assert rest == malformed + request_bytes([5], "+")
+    with pytest.raises(ProtocolError) as caught:
+        answer(rest)
+    assert reason in str(caught.value)
 
 
 # The server's handler.
@@ -214,7 +209,7 @@ async def test_handler_with_malformed_request(
     sent = request_bytes([1, 2], "+") + request_bytes([3, 4], "*") + malformed + request_bytes([5], "+") * 100
     assert await converse(op_handler, sent, cuts) == int32_bytes(3) + int32_bytes(12)
     [message] = caplog.messages
-    assert "StapledStream" in message
+    assert message.startswith("StapledStream: protocol error: ")
     assert reason in message
 
 
@@ -224,8 +219,7 @@ async def test_handler_with_unfinished_request(end: int, caplog: pytest.LogCaptu
     sent = request_bytes([1, 2], "+") + request_bytes([3, 4], "*")[:end]
     assert await converse(op_handler, sent) == int32_bytes(3)
     [message] = caplog.messages
-    assert "StapledStream" in message
-    assert "middle of a request" in message
+    assert message == "StapledStream: ended in the middle of a request"
 
 
 async def test_handler_logs_nothing_of_good_clients(caplog: pytest.LogCaptureFixture) -> None:

@@ -174,7 +174,7 @@ async def test_crash(
 
     [record] = caplog.records
     assert record.levelno == logging.ERROR
-    assert "connection 2 from StapledStream" in record.getMessage()
+    assert "connection 2 from StapledStream to MemoryListener: the handler crashed" in record.getMessage()
     assert "handler(" not in record.getMessage()
     assert "raise crash" in caplog.text
     assert "bug" in caplog.text
@@ -302,7 +302,10 @@ async def test_debug_log(nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
     await client.send_eof()
     assert await client.receive_some() == b""
     await trio.testing.wait_all_tasks_blocked()
-    assert caplog.messages == ["connection 1 from StapledStream", "connection 1 ended"]
+    assert caplog.messages == [
+        "connection 1 from StapledStream to MemoryListener",
+        "connection 1 to MemoryListener ended",
+    ]
 
 
 # Accept errors.

@@ -13,7 +13,7 @@ import trio.testing
 from helpers import MemoryListener
 
 from trioproto import ServerStats, echo_handler, echo_request, serve_listeners, serve_tcp
-from trioproto.server import ACCEPT_BATCH, CAPACITY_WAIT
+from trioproto.server import ACCEPT_BATCH, CAPACITY_WAIT, LOST_IN_A_ROW
 
 Stream = trio.abc.HalfCloseableStream
 
@@ -260,9 +260,36 @@ async def test_capacity_error(
         assert await echo_request(listener.connect(), b"hello") == b"hello"
     assert times[:6] == pytest.approx([number * CAPACITY_WAIT for number in range(6)])
     assert [(record.levelno, record.getMessage()) for record in caplog.records] == [
-        (logging.ERROR, f"cannot accept: {os_error(name).strerror}; new connections wait until others have ended"),
-        (logging.INFO, "accepting again"),
+        (logging.ERROR, f"Listener: cannot accept: {os_error(name).strerror}; new connections wait"),
+        (logging.INFO, "Listener: accepting again"),
     ]
+
+
+@pytest.mark.parametrize("name", ["EPERM", "ECONNABORTED"])
+async def test_every_connection_is_refused(
+    name: str, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Where accepting never succeeds, such as in a sandbox that forbids it, nobody spins, and one line says so."""
+    caplog.set_level(logging.INFO, "trioproto")
+    calls = 0
+
+    class Listener(MemoryListener):
+        async def accept(self) -> Stream:
+            nonlocal calls
+            calls += 1
+            await trio.lowlevel.checkpoint()
+            raise os_error(name)
+
+    await nursery.start(serve_listeners, echo_handler, [Listener()])
+    await trio.sleep(10)
+    assert calls == pytest.approx(LOST_IN_A_ROW + 10 / CAPACITY_WAIT, abs=2)
+    assert caplog.messages == [f"Listener: cannot accept: {os_error(name).strerror}; new connections wait"]
+
+
+async def test_no_listeners() -> None:
+    """A server without listeners is a mistake, which is said at once."""
+    with pytest.raises(ValueError, match="listeners must not be empty"):
+        await serve_listeners(echo_handler, [], tick=1)
 
 
 async def test_capacity_error_again(

@@ -14,6 +14,7 @@ import trio.testing
 from helpers import MemoryListener
 
 from trioproto import ServerStats, echo_handler, echo_request, serve_listeners, serve_tcp
+from trioproto.server import EMPTYING_SECONDS
 
 Stream = trio.abc.HalfCloseableStream
 
@@ -156,19 +157,43 @@ async def test_no_ticks_in_a_stop(autojump_clock: trio.testing.MockClock) -> Non
     assert len(ticks) == 5
 
 
-async def test_connection_that_arrives_in_a_stop(autojump_clock: trio.testing.MockClock) -> None:
-    """As long as queued connections wait for a place, the listener is open, and takes in what comes meanwhile."""
+@pytest.mark.parametrize("seconds", [0.3, 10])
+async def test_emptying_the_queue_is_bounded(seconds: float, autojump_clock: trio.testing.MockClock) -> None:
+    """At the limit, a stop takes in what is queued for `EMPTYING_SECONDS`, and then waits only for those it serves."""
     listener = MemoryListener()
-    clients = [listener.connect() for _ in range(3)]
-    async with set_after(5) as shutdown, trio.open_nursery() as nursery:
-        nursery.start_soon(
-            partial(serve_listeners, partial(sleeper, 10), [listener], shutdown=shutdown, max_connections=1)
-        )
-        await trio.sleep(15)
-        clients.append(listener.connect())
-        for client in clients:
-            assert await client.receive_some() == b"done"
-    assert trio.current_time() == pytest.approx(40, abs=SOON)
+    for _ in range(100):
+        listener.connect()
+    shutdown = trio.Event()
+    shutdown.set()
+    stats = await serve_listeners(partial(sleeper, seconds), [listener], shutdown=shutdown, max_connections=1)
+    assert stats.accepted == 1 + int(EMPTYING_SECONDS / seconds)
+    assert trio.current_time() == pytest.approx(stats.accepted * seconds, abs=SOON)
+    assert listener.closed
+
+
+async def test_listener_that_its_owner_closes_in_a_stop() -> None:
+    """Its queue is left alone, and so is the next listener that is given its descriptor."""
+    served: list[Stream] = []
+
+    async def handler(stream: Stream) -> None:
+        await trio.lowlevel.checkpoint()
+        served.append(stream)
+
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    descriptor = listener.socket.fileno()
+    shutdown = trio.Event()
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(serve_listeners, handler, [listener], shutdown=shutdown))
+            await trio.testing.wait_all_tasks_blocked()
+            shutdown.set()
+            listener.socket.close()
+            [another] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            assert another.socket.fileno() == descriptor
+            client = await trio.testing.open_stream_to_socket_listener(another)
+    assert served == []
+    await client.aclose()
+    await another.aclose()
 
 
 async def test_long_queue(monkeypatch: pytest.MonkeyPatch) -> None:

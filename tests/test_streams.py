@@ -101,6 +101,7 @@ async def test_end_of_stream(message: bytes, missing: int, cuts: int | list[int]
     assert caught.value.partial == message
     assert type(caught.value.partial) is bytes
     assert caught.value.expected == len(message) + missing
+    assert caught.value.stream is receiver
 
 
 def test_incomplete_read_error() -> None:
@@ -109,7 +110,7 @@ def test_incomplete_read_error() -> None:
     assert isinstance(error, EOFError)
     assert str(error) == "end of stream after 4 of 7 bytes"
     copy = pickle.loads(pickle.dumps(error))
-    assert (copy.partial, copy.expected) == (b"mess", 7)
+    assert (copy.partial, copy.expected, copy.stream) == (b"mess", 7, None)
 
 
 async def test_broken_stream() -> None:

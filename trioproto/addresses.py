@@ -11,7 +11,8 @@ def format_address(address: object) -> str:
 
     Args:
         address: what `socket.socket.getsockname` or ``getpeername`` gives. For a UNIX socket that is its path;
-            an unnamed one, as a client's mostly is, becomes ``unix``.
+            an unnamed one, as a client's mostly is, becomes ``unix``. Whoever binds a socket chooses that path, so
+            what could forge a line of the log is escaped.
     """
     match address:
         case (str(host), int(port), *_):
@@ -19,25 +20,34 @@ def format_address(address: object) -> str:
         case "" | b"":
             return "unix"
         case bytes():  # Linux's abstract namespace: the name begins with a zero byte
-            return "unix:@" + address[1:].decode(errors="backslashreplace")
+            return "unix:@" + _printable(address[1:].decode(errors="backslashreplace"))
         case _:
-            return f"unix:{address}"
+            return "unix:" + _printable(str(address))
 
 
-def peer_name(stream: trio.abc.Stream) -> str:
-    """Name the other end of ``stream`` for a log line.
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
-    For a stream that is no socket, the name of its class. A socket whose connection is already gone has no peer
-    that the kernel could tell of: ``a peer that is gone``.
+
+def peer_address(stream: trio.abc.AsyncResource) -> object:
+    """Return the address of the other end of ``stream``, as the system gives it; None if there is none to be had.
+
+    A socket whose connection is already gone has no peer that the system could tell of.
     """
     if isinstance(stream, trio.SSLStream):
         stream = stream.transport_stream
     if not isinstance(stream, trio.SocketStream):
-        return type(stream).__name__
+        return getattr(stream, "peer_address", None)  # a network in memory has addresses, too
     try:
-        return format_address(stream.socket.getpeername())
+        return stream.socket.getpeername()
     except OSError:
-        return "a peer that is gone"
+        return None
+
+
+def peer_name(stream: trio.abc.AsyncResource) -> str:
+    """Name the other end of ``stream`` for a log line: its address, or the stream's class if it has none."""
+    address = peer_address(stream)
+    return type(stream).__name__ if address is None else format_address(address)
 
 
 def failure_reason(error: BaseException) -> str:

@@ -1,34 +1,34 @@
-"""A served connection, turn by turn: replies out, the next bytes in.
+"""`Connection`: one client's conversation, for every kind of handler.
 
-Every server handler here is a loop over `Connection.exchange`. What a handler would otherwise have to see to lives
-behind it: time-outs, a server's graceful stop, a peer that breaks the connection, and closing without loss.
+A handler reads like its protocol: it receives, sends, and pushes. What it would otherwise have to see to lives behind
+that: time-outs, back-pressure, a server's graceful stop, a client that breaks the connection or leaves the protocol,
+and closing without loss.
 """
 
 import contextlib
 import logging
 import math
+import operator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from types import TracebackType
-from typing import Self
+from typing import Any, Generic, Literal, Self, TypeVar
 
 import trio
 
-from trioproto.addresses import peer_name
-from trioproto.draining import current_drain
-from trioproto.streams import RECEIVE_SIZE
-from trioproto.transport import transport_for
+from trioproto.addresses import failure_reason
+from trioproto.buffer import ReceiveBuffer
+from trioproto.draining import accepted_as
+from trioproto.streams import RECEIVE_SIZE, IncompleteReadError
+from trioproto.transport import Pipe, SocketTransport, transport_for
 
 _log = logging.getLogger(__name__)
+
+RequestT = TypeVar("RequestT")
 
 # For how long our handlers wait for a client, unless they are told otherwise: for its next request, and for all of one
 # that has begun.
 IDLE_TIMEOUT = 300.0
 REQUEST_TIMEOUT = 30.0
-
-# A closing connection goes on discarding what its client still sends for as long as this in all, this long after the
-# last of it, and for this much. (nginx calls these lingering_time and lingering_timeout.)
-LINGER_SECONDS = 5.0
-LINGER_SILENCE = 1.0
-LINGER_BYTES = 16 * 2**20
 
 # A client that is connected when the server begins to stop, and has not sent anything yet, mostly has its first
 # request, or its TLS handshake, on the way. It has this many seconds, from when it was accepted, to get it here.
@@ -38,247 +38,906 @@ FIRST_REQUEST_GRACE = 1.0
 # between two requests. If nothing did, the end of the grace period would: in the middle of a reply.
 LAST_REQUESTS_SECONDS = 1.0
 
+# So much may be pushed, in bytes, before `requests` waits until it is sent: a client that asks and does not take its
+# replies is not asked for more.
+MAX_OWED = 65536
+
+# Requests that have arrived together are taken up without waiting; after so many, the other tasks have their turn.
+REQUESTS_PER_TURN = 64
+
+# How often one relay moves what the kernel has, before it looks whether the server stops.
+SPLICES_PER_TURN = 16
+
 # What a connection awaits from its client, in the words of the log.
-_NOTHING = "nothing"
 _HANDSHAKE = "a TLS handshake"
 _REQUEST = "a request"
 _REST = "the rest of a request"
 _ROOM = "room for a reply"
 
-_FAULTS = (trio.BrokenResourceError, trio.TooSlowError)
+_NOTHING = memoryview(b"")
+
+How = Literal["reset", "idle", "late", "ended", "overrun", "stopped"]
+
+
+class ProtocolError(ValueError):
+    """What a client sent is not in the protocol."""
 
 
 class ClientError(trio.BrokenResourceError):
-    """The client broke the connection, or took too long.
+    """What a client did to its own connection; no error of the handler.
 
     Attributes:
-        timed_out: whether it took too long.
+        connection: the `Connection`. Its own block ends quietly on this; in another one's it is an error like others.
+        how: ``reset``, the client broke the connection; ``idle``, it sent no request in time; ``late``, it took too
+            long over one, over the TLS handshake, or to take what it was sent; ``ended``, it ended its side inside a
+            request; ``overrun``, it did not take what was pushed; or ``stopped``, its server stops, and what a handler
+            waited for outside of `Connection.requests` had not begun.
     """
 
-    def __init__(self, message: str, *, timed_out: bool) -> None:
+    def __init__(self, message: str, connection: "Connection", how: How, level: int) -> None:
         super().__init__(message)
-        self.timed_out = timed_out
+        self.connection = connection
+        self.how = how
+        self.level = level  # of its line in the log
 
 
-class Connection:
-    """The server's side of one conversation with one client.
+class Connection(trio.abc.HalfCloseableStream):
+    """A server's side of the conversation with one client: a stream with time-outs, requests, and a safe end.
 
-    Use it as an async context manager around the conversation; leaving the block closes the stream. A client that
-    breaks the connection, or overstays a time-out, ends the block without an error, because to a server these are
-    ordinary ways to leave.
+    Use it as an async context manager around the conversation. As a stream, it is one like Trio's own, for whatever is
+    written for those, except that it buffers: a receive that is cancelled loses no byte.
 
-    If the server ends the conversation, and not the client, the client still gets everything that was sent: the
-    stream is ended first (FIN) and closed when the client has ended its side, or after `LINGER_SECONDS`.
+    A block ends, without an error for the handler:
 
-    In a server's graceful stop, a wait for the next request becomes the end of the conversation; a request that is
-    partly received may be finished. A client that leaves nothing to wait for is ended between two requests after
-    `LAST_REQUESTS_SECONDS`.
+    - When its body does. The client gets all that was sent and pushed, then end of stream, and is given a few seconds
+      to end its side, so that the system destroys nothing on its way.
+    - On a `ClientError` of this connection, also in a group, from a nursery inside the block. One that says what an
+      operator should know is logged, in one line.
+    - On a `ProtocolError`, whoever raised it: the client left the protocol. What is owed is still sent; the error's
+      message is logged as a warning.
+    - When another task called `aclose`.
+
+    Every other error, and cancellation, closes the connection without sending anything more, and goes on. A connection
+    that is closed in the middle of what it was sending is reset, because half a message must not look like a whole one.
+
+    In its server's graceful stop, a wait for the next request becomes the end of the conversation: `requests` ends, and
+    `receive_some` returns ``b""``. What is partly received may be finished. A client that leaves nothing to wait for is
+    ended between two requests after `LAST_REQUESTS_SECONDS`.
 
     Args:
-        stream: the client's stream, of any kind. The connection takes charge of it: no other task may use it.
-        idle_timeout: seconds, above 0, that a client may let pass between two requests, or without taking any byte
-            of a reply.
+        stream: any stream of Trio's. The connection takes charge of it: nobody else may use it.
+        idle_timeout: seconds, above 0, that may pass before the client's next request begins, if nothing is sent to it
+            meanwhile either; and that it may take to make room for more of what it is sent.
         request_timeout: seconds, above 0, that a request may take from its first byte to its last, and that a TLS
             handshake may take.
+        max_unsent: for pushing from any task: how many pushed bytes, 0 or more, may wait for the client before it is
+            let go. None: only the handler pushes, between its waits.
 
-    Cancellation closes the stream without ceremony, and goes on.
+    Attributes:
+        unsent: how many pushed bytes the system has not taken yet.
     """
 
     __slots__ = (
         "_accepted",
-        "_client_ended",
+        "_begun",
+        "_buffer",
+        "_closed",
+        "_cut",
         "_drain",
+        "_due",
+        "_ended",
+        "_eof_sent",
         "_fresh",
-        "_handshake",
+        "_handshaken",
         "_idle_timeout",
-        "_request_due",
+        "_let_go",
+        "_max_owed",
+        "_max_unsent",
+        "_others",
+        "_owed",
+        "_receiving",
         "_request_timeout",
-        "_stream",
+        "_rest",
+        "_rest_was_pushed",
+        "_scope",
+        "_send_all_busy",
+        "_sender",
+        "_sending",
+        "_taken_up",
         "_transport",
-        "_waits_for",
+        "_waiting",
+        "unsent",
     )
 
     def __init__(
-        self, stream: trio.abc.Stream, *, idle_timeout: float = math.inf, request_timeout: float = math.inf
+        self,
+        stream: trio.abc.Stream,
+        *,
+        idle_timeout: float = math.inf,
+        request_timeout: float = math.inf,
+        max_unsent: int | None = None,
     ) -> None:
-        self._stream = stream
         self._transport = transport_for(stream)
+        self._accepted = accepted_as(stream)
+        self._drain = self._accepted.drain
         self._idle_timeout = idle_timeout
         self._request_timeout = request_timeout
-        self._request_due: float | None = None  # when the request that is partly received must be complete
-        self._waits_for = _NOTHING
-        self._drain = current_drain()
-        self._accepted = trio.current_time()
+        self._max_unsent = max_unsent
+        self._max_owed = MAX_OWED if max_unsent is None else min(MAX_OWED, max_unsent // 2)
+        self._handshaken = not self._transport.needs_handshake
+        self._closed = False
+
+        # Receiving.
+        self._buffer = ReceiveBuffer()
         self._fresh = True  # nothing was received yet
-        self._client_ended = False
+        self._ended = False  # the client has sent its last
+        self._begun = False  # a request, or another message, is partly received ...
+        self._due: float | None = None  # ... and must be complete by then, once it had to be waited for
+        self._taken_up = 0  # requests since the other tasks had their turn
+        self._receiving = False
+        self._waiting: trio.CancelScope | None = None  # of the receive that waits
+
+        # Sending.
+        self.unsent = 0
+        self._owed: list[bytes] = []  # what is pushed and not sent
+        self._rest: memoryview = _NOTHING  # what is being sent, and was not all taken
+        self._rest_was_pushed = False
+        self._sending = False  # a task waits for room
+        self._send_all_busy = False
+        self._others: trio.lowlevel.ParkingLot | None = None  # tasks that wait until another has sent, or pushed
+        self._eof_sent = False
+        self._cut = False  # what was sent ends in the middle of a message
+
+        # The block, if any task may push.
+        self._sender: contextlib.AsyncExitStack | None = None  # holds the nursery of the task that sends
+        self._scope: trio.CancelScope | None = None  # around the body
+        self._let_go: ClientError | None = None  # why that scope was cancelled
 
     @property
     def peer(self) -> str:
-        """The client's name, for log lines."""
-        return peer_name(self._stream)
+        """The client's address, for log lines: known also when the connection is gone."""
+        return self._accepted.peer
 
     @property
-    def client_ended(self) -> bool:
-        """Whether the client has sent its last."""
-        return self._client_ended
+    def stopping(self) -> trio.Event:
+        """Set when the server's graceful stop begins; never, if no server of trioproto's accepted the stream."""
+        return self._drain.began
+
+    # The block.
 
     async def __aenter__(self) -> Self:
-        self._drain.listen(self)
+        self._drain.add_callback(self._stop)
+        if self._max_unsent is not None:
+            self._sender = contextlib.AsyncExitStack()
+            nursery = await self._sender.enter_async_context(trio.open_nursery())
+            self._sender.callback(nursery.cancel_scope.cancel)
+            nursery.start_soon(self._send_what_is_pushed)
+            self._scope = trio.CancelScope()
+            self._scope.__enter__()
+            if self._let_go is not None:  # it was pushed too much before
+                self._scope.cancel()
         return self
 
-    async def __aexit__(
+    async def __aexit__(  # type: ignore[override]  # noqa: C901 - Trio's streams end no block on an error
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        self._drain.unlisten(self)
+        rest = error
+        if self._scope is not None:
+            # What cancelled the body here was an overrun or `aclose`, and ends here, too.
+            try:
+                if self._scope.__exit__(kind, error, traceback):
+                    rest = None
+            except BaseException as others:  # noqa: BLE001 - what is left of a group
+                rest = others
+        own, rest = (None, None) if rest is None else self._split(rest)
+        own = self._let_go or own
+        if own is not None:
+            self._log(own)
         try:
-            alive = error is None or (isinstance(error, ClientError) and error.timed_out)
-            if alive and not self._client_ended:
-                await _linger(self._stream)
+            if rest is None and not self._closed:
+                await self._finish(own)
+        except ClientError as failure:
+            if own is None:
+                self._log(failure)
         finally:
-            await self._transport.aclose()
-        return isinstance(error, ClientError)
+            self._drain.remove_callback(self._stop)
+            self._drop()
+            try:
+                await self._transport.aclose()
+            finally:
+                if self._sender is not None:
+                    await self._sender.aclose()
+        if rest is None:
+            return True
+        if rest is error:
+            return False
+        raise rest from None
 
-    async def exchange(self, reply: bytes, *, mid_request: bool = False) -> bytes:
-        """Send ``reply``, then receive what the client sends next.
+    def _split(self, error: BaseException) -> tuple[BaseException | None, BaseException | None]:
+        """Tell what this block ends on quietly from what goes on."""
+        if isinstance(error, BaseExceptionGroup):
+            # Python 3.11 takes a function, and no bound method.
+            group, rest = error.split(lambda leaf: self._is_own(leaf))  # noqa: PLW0108
+            own: BaseException | None = group
+            while isinstance(own, BaseExceptionGroup):  # one line in the log is enough
+                own = own.exceptions[0]
+            return own, rest
+        return (error, None) if self._is_own(error) else (None, error)
 
-        The reply goes out whole before anything more is taken in, so a client that does not read holds back only
-        itself: no replies pile up here, and TCP's flow control stops the client from sending.
+    def _is_own(self, error: BaseException) -> bool:
+        match error:
+            case ClientError():
+                return error.connection is self
+            case IncompleteReadError():
+                return error.stream is self
+            case trio.ClosedResourceError():
+                return self._closed
+            case _:
+                return isinstance(error, ProtocolError)
 
-        Args:
-            reply: bytes that the client is owed; none if there are none.
-            mid_request: whether the client is in the middle of a request, and not between two. With a reply, it is
-                another request than before.
-
-        Returns:
-            The next bytes as they arrive, at most `RECEIVE_SIZE` of them; ``b""`` when there will be no more: the
-            client has sent its last, or the server stops.
-
-        Raises:
-            ClientError: if the client broke the connection, or took too long. The handler lets it pass; the block
-                around the conversation ends on it.
-
-        On cancellation, part of the reply may have been sent.
-        """
+    async def _finish(self, own: BaseException | None) -> None:
+        """Send what is owed, and end the connection such that all of it arrives, if the client is still there."""
+        if self._cut or (
+            isinstance(own, ClientError) and (own.how in ("reset", "overrun") or self._rest or not self._handshaken)
+        ):
+            return
+        if self._scope is not None:  # what would have ended the body may end this, too
+            self._scope = trio.CancelScope()
         try:
-            if self._fresh and type(self._stream) is trio.SSLStream:  # a final class; isinstance is slow with its kind
-                self._waits_for = _HANDSHAKE
-                with trio.fail_after(self._request_timeout) as self._handshake:
-                    if self._drain.began:
-                        self.stop_waiting()
-                    await self._stream.do_handshake()
-            if reply:
-                self._waits_for = _ROOM
-                await self._transport.send_all(reply, self._idle_timeout)
-            if self._drain.began and (reply or not mid_request) and self._heard_enough():
-                return b""
-            self._waits_for = _REST if mid_request else _REQUEST
-            received = await self._transport.receive(self._patience(mid_request=mid_request, another=bool(reply)))
-        except _FAULTS as error:
-            raise self._fault(error) from error
-        if received is None:
-            if self._drain.began and not mid_request:
-                return b""
-            raise self._fault(trio.TooSlowError())
-        self._waits_for = _NOTHING
-        self._fresh = False
-        self._client_ended = not received
-        return received
+            with self._scope or contextlib.nullcontext():
+                if self._owed or self._rest:
+                    await self._deliver()
+                self._eof_sent = True  # what is pushed from here on is ignored
+                if not self._ended:
+                    await self._transport.linger()
+        except trio.ClosedResourceError:
+            if not self._closed:
+                raise
+        if own is None and self._let_go is not None:
+            raise self._let_go
 
-    async def send(self, reply: bytes) -> None:
-        """Send ``reply``, whole.
+    def _drop(self) -> None:
+        """Drop all that is buffered, either way; what then was cut short ends in a reset."""
+        self._closed = True
+        if self._cut or self._rest or self._sending:
+            self._transport.reset()
+        self._buffer.clear()
+        self._owed.clear()
+        self._rest = _NOTHING
+        self.unsent = 0
+        self._wake_others()
 
-        Raises:
-            ClientError: as `exchange` does.
+    async def aclose(self) -> None:
+        """Close the connection, without sending what is owed, and without lingering.
 
-        On cancellation, part of it may have been sent.
+        From another task, this ends the block quietly: with ``max_unsent`` wherever the handler is, otherwise as soon
+        as it uses the connection. In the middle of a message that is being sent, the client is sent a reset.
+
+        On cancellation, the connection is closed all the same. A checkpoint.
         """
-        self._waits_for = _ROOM
-        try:
-            await self._transport.send_all(reply, self._idle_timeout)
-        except _FAULTS as error:
-            raise self._fault(error) from error
+        if self._scope is not None:
+            self._scope.cancel()
+        self._drop()
+        await self._transport.aclose()
         await trio.lowlevel.checkpoint()
 
-    async def relay(self) -> None:
-        """Send back what has arrived, unseen, for a while as long as there is more; not at all where it cannot be done.
+    def _end_block(self, error: ClientError) -> None:
+        """End the block wherever its body is, on ``error``; what it was sent may end anywhere."""
+        self._cut = True
+        if self._let_go is None:
+            self._let_go = error
+        if self._scope is not None:
+            self._scope.cancel()
+
+    def _log(self, error: BaseException) -> None:
+        accepted = self._accepted
+        match error:
+            case ClientError():
+                level, what = error.level, str(error)
+            case ProtocolError():
+                level, what = logging.WARNING, f"protocol error: {error}"
+            case IncompleteReadError():
+                level, what = logging.WARNING if error.partial else logging.DEBUG, str(error)
+            case _:
+                level, what = logging.DEBUG, "closed by another task"
+        if _log.isEnabledFor(level):
+            name = self.peer if accepted.server is None else f"{self.peer} to {accepted.server}"
+            _log.log(level, "%s: %s", name, what)
+
+    # Receiving.
+
+    def requests(self, read: "Callable[[Connection], Awaitable[RequestT]]") -> AsyncIterator[RequestT]:
+        """Iterate over the client's requests: what ``await read(connection)`` returns, again and again.
+
+        A request begins with its first byte and ends when ``read`` returns. Before the first byte, the client has the
+        idle time-out; from then on the request time-out, for all of the request. If ``read`` is cancelled, nothing is
+        lost: the next turn, of this iterator or of another, begins with the request's first byte again.
+
+        The iteration ends when the client has ended its side between two requests, or when the server stops and no
+        request is under way. It may be left with ``break`` and taken up again, also with another ``read``.
+
+        Before the next request is read, what was pushed for the ones before is sent, if it is `MAX_OWED` bytes or more,
+        or if the request has not arrived yet. Requests that have arrived together are read one after the other without
+        a checkpoint, except for one every `REQUESTS_PER_TURN`.
+
+        Args:
+            read: receives one request by the methods of this class, and returns it. It may as well take all that has
+                arrived, return many requests as one, and give back the rest with `unreceive`.
 
         Raises:
-            ClientError: as `exchange` does.
-
-        On cancellation, bytes may be lost on their way through.
+            ClientError: if the client broke the connection, took too long, or ended its side inside a request.
+            trio.BusyResourceError: if another task is receiving.
+            trio.ClosedResourceError: if another task closed the connection.
         """
-        self._waits_for = _ROOM
+        return _Requests(self, read)
+
+    def receive_some(self, max_bytes: int | None = None) -> Coroutine[Any, Any, bytes]:
+        """Receive what has arrived, one byte or more; if nothing has, wait for it.
+
+        Args:
+            max_bytes: the most to return, 1 or more; None for all that is there.
+
+        Returns:
+            ``b""`` when there will be no more: the client has ended its side, or the server stops.
+
+        Raises:
+            ClientError: if the client broke the connection or took too long; inside a request (`requests`), also if it
+                ended its side.
+            trio.BusyResourceError: if another task is receiving.
+            trio.ClosedResourceError: if the connection is closed.
+
+        On cancellation, no byte is lost. A checkpoint, except inside a request for what has already arrived.
+        """
+        # Not a coroutine of its own, because a bulk of small messages would feel it.
+        if max_bytes is None and not self._begun and not self._buffer.size:
+            return self._receive()
+        return self._receive_buffered(max_bytes)
+
+    async def _receive_buffered(self, max_bytes: int | None) -> bytes:
+        if max_bytes is not None and operator.index(max_bytes) < 1:
+            raise ValueError(f"max_bytes must be at least 1, not {max_bytes}")
+        if self._receiving or not self._buffer.size:
+            data = await self._receive()
+            if self._begun and not data:
+                raise self._ended_early()
+            self._buffer.append(data)
+        elif not self._begun:
+            await trio.lowlevel.checkpoint()
+        return self._buffer.take(self._buffer.size if max_bytes is None else max_bytes)
+
+    async def receive_exactly(self, n: int) -> bytes:
+        """Receive exactly ``n`` bytes, however many pieces they arrive in.
+
+        Args:
+            n: how many bytes, 0 or more.
+
+        Raises:
+            ValueError: if ``n`` is negative.
+            ClientError: if the client broke the connection, took too long, or ended its side first; outside of
+                `requests`, also if the server stops before the first byte.
+            trio.BusyResourceError: if another task is receiving.
+            trio.ClosedResourceError: if the connection is closed.
+
+        On cancellation, no byte is lost. A checkpoint, except inside a request for what has already arrived.
+        """
+        if n < 0:
+            raise ValueError(f"cannot receive {n} bytes")
+        if self._receiving or not self._begun or self._buffer.size < n:
+            await self._receive_until_complete(lambda: self._buffer.size >= n)
+        return self._buffer.take(n)
+
+    async def receive_until(self, delimiter: bytes, *, max_bytes: int) -> bytes:
+        """Receive up to the next ``delimiter``, and return what is in front of it.
+
+        Args:
+            delimiter: one byte or more.
+            max_bytes: how many bytes may be in front of it, 0 or more.
+
+        Raises:
+            ProtocolError: if there are more than ``max_bytes`` in front of it.
+            ClientError: as `receive_exactly` does, like the others that it raises.
+
+        On cancellation, no byte is lost. A checkpoint, except inside a request for what has already arrived.
+        """
+        if not delimiter:
+            raise ValueError("the delimiter is empty")
+        found = -1
+        searched = 0
+
+        def complete() -> bool:
+            nonlocal found, searched
+            found = self._buffer.find(delimiter, max(0, searched - len(delimiter) + 1))
+            searched = self._buffer.size
+            if found > max_bytes or (found < 0 and searched >= max_bytes + len(delimiter)):
+                raise ProtocolError(f"more than {max_bytes} bytes before {delimiter!r}")
+            return found >= 0
+
+        if self._receiving or not self._begun or not complete():
+            await self._receive_until_complete(complete)
+        data = self._buffer.take(found)
+        self._buffer.take(len(delimiter))
+        return data
+
+    def unreceive(self, data: bytes) -> None:
+        """Give back ``data``, the last bytes that were received: the next receive begins with them."""
+        if data:
+            self._buffer.give_back(data)
+
+    async def _receive_until_complete(self, complete: Callable[[], bool]) -> None:
+        if self._receiving:
+            raise trio.BusyResourceError("another task is receiving from this connection")
+        outside = not self._begun  # of a request: then this is a message of its own
+        if outside:
+            await trio.lowlevel.checkpoint()
         try:
-            await self._transport.relay(self._idle_timeout)
-        except _FAULTS as error:
-            raise self._fault(error) from error
+            while not complete():
+                self._begun = not outside or self._buffer.size > 0
+                data = await self._receive()
+                if not data:
+                    raise self._ended_early()
+                self._buffer.append(data)
+        finally:
+            if outside:
+                self._begun = False
+                self._due = None
 
-    def stop_waiting(self) -> None:
-        """Wait for a next request no longer, as the server stops. Its `Drain` calls this."""
-        if self._waits_for == _REQUEST:
-            self._transport.hurry(self._last_call())
-        elif self._waits_for == _HANDSHAKE:
-            in_time = trio.current_time() + self._last_call()
-            self._handshake.deadline = min(self._handshake.deadline, in_time)
+    async def _read_request(self, read: "Callable[[Connection], Awaitable[RequestT]]") -> RequestT:
+        """Return the next request; `StopAsyncIteration` if there will be none."""
+        if self._begun:
+            raise trio.BusyResourceError("another task is receiving from this connection")
+        if self.unsent >= self._max_owed:
+            await self._deliver()
+        if not self._buffer.size:
+            self._taken_up = 0
+            self._due = None  # of a request that was given up, and whose bytes were received in another way
+            data = await self._receive()
+            if not data:
+                raise StopAsyncIteration
+            self._buffer.append(data)
+        else:
+            self._taken_up += 1
+            if self._taken_up == REQUESTS_PER_TURN:
+                self._taken_up = 0
+                await trio.lowlevel.checkpoint()
+            if self._drain.began_at is not None and self._heard_enough():
+                raise StopAsyncIteration
+        self._begun = True
+        self._buffer.mark()
+        try:
+            request = await read(self)
+        except Exception:
+            self._due = None
+            self._buffer.unmark()
+            raise
+        except BaseException:  # a cancellation, perhaps in a group: the request's time goes on
+            self._buffer.rewind()
+            raise
+        finally:
+            self._begun = False
+        self._due = None
+        self._buffer.unmark()
+        return request
 
-    def _patience(self, *, mid_request: bool, another: bool) -> float:
-        """How many seconds the client has, counted from now; `trio.TooSlowError` if a request has none left."""
-        if not mid_request:
-            self._request_due = None
-            return self._last_call() if self._drain.began else self._idle_timeout
-        now = trio.current_time()
-        if self._request_due is None or another:
-            self._request_due = now + self._request_timeout
-        if now >= self._request_due:  # however many bytes of it go on arriving
-            raise trio.TooSlowError
-        return self._request_due - now
+    async def _receive(self) -> bytes:  # noqa: C901 - every step is short, and their order matters
+        """Receive past the buffer. ``b""``: no more will come, or none is waited for, as the server stops.
 
-    def _heard_enough(self) -> bool:
-        return not self._fresh and trio.current_time() >= self._drain.began_at + LAST_REQUESTS_SECONDS
+        Always a checkpoint. What is owed to the client is sent first, so a client that does not read holds back only
+        itself: no replies pile up here, and TCP's flow control stops it from sending.
+        """
+        if self._receiving:
+            raise trio.BusyResourceError("another task is receiving from this connection")
+        if self._closed:
+            raise trio.ClosedResourceError("this connection was closed")
+        self._receiving = True
+        try:
+            if not self._handshaken:
+                await self._handshake()
+            if (self._owed or self._rest) and not self._sending and self._sender is None and not self._send_at_once():
+                await self._deliver()
+            # One pass through the scheduler, in which the others have their turns. On a busy server the next bytes have
+            # mostly arrived by then, and there is nothing to wait for, which saves telling Trio and the kernel.
+            await trio.lowlevel.checkpoint()
+            if self._ended or ((self._begun or self._drain.began_at is not None) and self._is_over()):
+                return b""
+            data = self._transport.receive_nowait()
+            if data is None:
+                data = await self._wait_for_data()
+        except ClientError:
+            raise
+        except trio.BrokenResourceError as error:
+            raise self._broke(_REST if self._begun else _REQUEST, error) from error
+        finally:
+            self._receiving = False
+        if data:
+            self._fresh = False
+        elif data is not None:
+            self._ended = True
+        return data or b""
+
+    def _is_over(self) -> bool:
+        """Whether nothing more is received though there may be more; `ClientError` if a request took too long."""
+        if self._begun:
+            now = trio.current_time()
+            if self._due is None:
+                self._due = now + self._request_timeout
+            elif now >= self._due:  # however many bytes of it go on arriving
+                raise self._too_late(_REST)
+            return False
+        return self._heard_enough()
+
+    async def _wait_for_data(self) -> bytes | None:
+        while True:
+            now = trio.current_time()
+            deadline = max(self._deadline(now), now + self._transport.last_look)
+            try:
+                with trio.CancelScope(deadline=deadline) as self._waiting:
+                    return await self._transport.receive()
+            finally:
+                self._waiting = None
+            data = self._transport.receive_nowait()  # time is up, but what has arrived in time counts
+            if data is not None:
+                return data
+            if self._begun:
+                raise self._too_late(_REST)
+            if self._drain.began_at is not None:
+                return None
+            if not self._sending:  # otherwise it is for the sending task to say whether the client is still there
+                raise ClientError("timed out, awaiting a request", self, "idle", logging.DEBUG)
+
+    def _deadline(self, now: float) -> float:
+        """Until when the client has time, on Trio's clock."""
+        if self._begun and self._due is not None:
+            return self._due
+        if self._drain.began_at is not None:
+            return self._last_call()
+        return now + self._idle_timeout
 
     def _last_call(self) -> float:
-        """How many seconds there are in a stop for a request to arrive: none, except for a client's first."""
-        return max(0.0, self._accepted + FIRST_REQUEST_GRACE - trio.current_time()) if self._fresh else 0.0
+        """Until when a request may begin in a stop: none, except for a client's first."""
+        return self._accepted.at + FIRST_REQUEST_GRACE if self._fresh else -math.inf
 
-    def _fault(self, error: Exception) -> ClientError:
-        timed_out = isinstance(error, trio.TooSlowError)
-        fault = "timed out" if timed_out else f"broke the connection: {error.__cause__ or error}"
-        # A client that falls asleep between two requests, or breaks off, is no news.
-        news = (_HANDSHAKE, _REST, _ROOM) if timed_out else (_HANDSHAKE,)
-        level = logging.WARNING if self._waits_for in news else logging.DEBUG
-        if _log.isEnabledFor(level):  # asking the kernel for the name is not for nothing
-            _log.log(level, "%s, awaiting %s, %s", self.peer, self._waits_for, fault)
-        return ClientError(fault, timed_out=timed_out)
+    def _heard_enough(self) -> bool:
+        began_at = self._drain.began_at
+        return began_at is not None and not self._fresh and trio.current_time() >= began_at + LAST_REQUESTS_SECONDS
 
+    def _stop(self) -> None:
+        """Wait for a next request no longer. The server's `Drain` calls this when the stop begins."""
+        if self._waiting is not None and not self._begun:
+            last_look = trio.current_time() + self._transport.last_look
+            self._waiting.deadline = min(self._waiting.deadline, max(self._last_call(), last_look))
 
-async def _linger(stream: trio.abc.Stream) -> None:
-    """End ``stream`` such that replies already sent are not destroyed on their way.
+    # Sending.
 
-    Closing a socket that holds bytes nobody has received, or that is sent more later, makes the kernel send a
-    reset (RFC 1122, section 4.2.2.13), in place of what still lies in its output buffer; and some systems that get
-    a reset throw away what has arrived and is not read yet. So we send end of stream, and take in and discard what
-    still comes until the client has seen it and ends its side too; for a bounded time and amount, as nobody may keep
-    us here.
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Send ``data``, after what was pushed before it, and wait until the system has taken all of it.
 
-    What the client does meanwhile is no fault any more.
-    """
-    with trio.move_on_after(LINGER_SECONDS), contextlib.suppress(trio.BrokenResourceError):
-        if isinstance(stream, trio.SSLStream):
-            below = stream.transport_stream
+        Args:
+            data: a message, of any size. It is not mixed with what other tasks push meanwhile.
+
+        Raises:
+            ClientError: if the client broke the connection, or made no room for the idle time-out.
+            trio.BusyResourceError: if another task is in `send_all`, `send_eof` or `wait_send_all_might_not_block`.
+            trio.ClosedResourceError: if the connection, or this side of it, is closed.
+
+        On cancellation, nothing or part of it was sent. On a socket, what is left of it then is sent before anything
+        else; other streams send nothing more. A checkpoint.
+        """
+        with self._sole_sender():
+            await trio.lowlevel.checkpoint()
+            await self._deliver()
+            await self._send(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """Wait until `send_all` might not have to wait.
+
+        Raises:
+            ClientError: if the client broke the connection, or makes no room for what was pushed.
+            trio.BusyResourceError: as `send_all` does.
+            trio.ClosedResourceError: as `send_all` does.
+
+        A checkpoint.
+        """
+        with self._sole_sender():
+            await trio.lowlevel.checkpoint()
+            await self._deliver()
             try:
-                # Sends close_notify, and waits for the client's. Whatever comes in its stead is an error of TLS.
-                with trio.move_on_after(LINGER_SILENCE), contextlib.suppress(trio.BrokenResourceError):
-                    await stream.unwrap()
-                await _linger(below)
-            finally:
-                await trio.aclose_forcefully(below)
-        elif isinstance(stream, trio.abc.HalfCloseableStream):
-            await stream.send_eof()
-            left = LINGER_BYTES
-            more = True
-            while more and left > 0:
-                more = False
-                with trio.move_on_after(LINGER_SILENCE):
-                    received = len(await stream.receive_some(RECEIVE_SIZE))
-                    more = received > 0
-                    left -= received
+                await self._transport.wait_for_room()
+            except trio.BrokenResourceError as error:
+                raise self._broke(_ROOM, error) from error
+
+    async def send_eof(self) -> None:
+        """End this side, after what was pushed; the client may still send.
+
+        `trio.SSLStream` cannot end one side alone; there, the client learns of it when the connection is closed.
+
+        Raises:
+            ClientError: as `send_all` does.
+            trio.BusyResourceError: as `send_all` does.
+            trio.ClosedResourceError: if the connection is closed.
+
+        On cancellation, this side may have ended, or not. A checkpoint.
+        """
+        if self._eof_sent:
+            self._check_open()
+            await trio.lowlevel.checkpoint()
+            return
+        with self._sole_sender():
+            await trio.lowlevel.checkpoint()
+            await self._deliver()
+            self._eof_sent = True
+            try:
+                await self._transport.send_eof()
+            except trio.BrokenResourceError as error:
+                raise self._broke(_ROOM, error) from error
+
+    def push(self, data: bytes | bytearray | memoryview) -> None:
+        """Have ``data`` sent, without waiting: after what was pushed before, and together with it.
+
+        Without ``max_unsent``, this is for the handler itself: its connection sends it at the latest before it waits
+        for anything. With ``max_unsent``, any task may push, and it is sent at once, whatever the handler waits for. If
+        then more than ``max_unsent`` bytes are left that the system has not taken, the client is let go, and the block
+        ends.
+
+        After the block, or after `send_eof` or `aclose`, nothing happens.
+
+        Args:
+            data: a message.
+        """
+        if self._closed or self._eof_sent or not data:
+            return
+        self._owed.append(data if isinstance(data, bytes) else bytes(data))
+        self.unsent += len(data)
+        if self._max_unsent is None:
+            return
+        if self.unsent > self._max_unsent and self._handshaken and not self._sending:
+            try:
+                self._send_at_once()
+            except ClientError as error:
+                self._end_block(error)
+                return
+            except trio.ClosedResourceError:  # by somebody who was not to use the stream; the handler will see it
+                return
+        if self.unsent > self._max_unsent:
+            message = f"overrun: {self.unsent} bytes pushed and not taken, more than {self._max_unsent}"
+            self._end_block(ClientError(message, self, "overrun", logging.WARNING))
+        self._wake_others()
+
+    async def relay(self, target: trio.abc.Stream) -> None:
+        """Send what the client sends to another stream, or back to itself, until it ends its side; then end that one.
+
+        Each direction of a proxy is one of these. Between sockets, bulk moves inside the kernel (splice(2), on Linux).
+
+        Args:
+            target: a `Connection` or any other stream; this connection for an echo. It is not closed, but if its last
+                message cannot be made whole, closing it will reset it.
+
+        Raises:
+            ClientError: if this client broke the connection, or was idle while nothing was sent to it either; or if the
+                target did, with the target as its connection.
+            trio.BusyResourceError: if another task is receiving here, or sending there.
+            trio.ClosedResourceError: if one of the two is closed.
+
+        On cancellation, bytes may be lost on their way through. Ends, too, when the server stops and nothing is left
+        that has arrived. A checkpoint.
+        """
+        out = target if isinstance(target, Connection) else Connection(target, idle_timeout=self._idle_timeout)
+        try:
+            while chunk := await self.receive_some():
+                with out._sole_sender():  # noqa: SLF001 - this class's
+                    await out._deliver()  # noqa: SLF001
+                    await out._send(chunk)  # noqa: SLF001
+                    if len(chunk) == RECEIVE_SIZE:  # more than one receive takes: let the kernel move the rest
+                        await self._splice(out)
+            await out.send_eof()
+        except BaseException:
+            if out is not self:  # what it was sent is not all that there was
+                out._cut_off()  # noqa: SLF001
+            raise
+
+    @contextlib.contextmanager
+    def _sole_sender(self) -> Iterator[None]:
+        if self._send_all_busy:
+            raise trio.BusyResourceError("another task is sending to this connection")
+        self._check_open()
+        if self._eof_sent:
+            raise trio.ClosedResourceError("this side of the connection was ended")
+        self._send_all_busy = True
+        try:
+            yield
+        finally:
+            self._send_all_busy = False
+
+    async def _deliver(self) -> None:
+        """Wait until everything is sent that is owed. No checkpoint, if the system takes all of it at once."""
+        while self._sending or self._rest or self._owed:
+            self._check_open()
+            if self._sending:  # another task is at it, and it may take along what is owed
+                await self._wait_for_others()
+            elif not self._handshaken:
+                await self._handshake()
+            elif not self._send_at_once():
+                await self._send_rest()
+
+    def _send_at_once(self) -> bool:
+        """Send what the system takes at once of what is owed, and return whether that was all."""
+        data: bytes | memoryview
+        if self._rest:
+            data, pushed = self._rest, self._rest_was_pushed
+        else:
+            data = self._owed[0] if len(self._owed) == 1 else b"".join(self._owed)
+            pushed = True
+            self._owed.clear()
+        try:
+            sent = self._transport.send_nowait(data)
+        except trio.BrokenResourceError as error:
+            raise self._broke(_ROOM, error) from error
+        if pushed:
+            self.unsent -= sent
+        if self._waiting is not None and sent:
+            self._client_is_there()
+        if sent == len(data):
+            self._rest = _NOTHING
+            return not self._owed
+        self._rest = memoryview(data)[sent:]
+        self._rest_was_pushed = pushed
+        return False
+
+    async def _send(self, data: bytes | bytearray | memoryview) -> None:
+        """Send a message that was not pushed, when nothing else is owed."""
+        if not data:
+            return
+        self._rest = memoryview(data)
+        self._rest_was_pushed = False
+        try:
+            await self._deliver()
+        finally:
+            if self._rest:  # after a cancellation, the caller's may change
+                self._rest = memoryview(bytes(self._rest))
+
+    async def _send_rest(self) -> None:
+        self._sending = True
+        try:
+            while self._rest:
+                with trio.fail_after(self._idle_timeout):
+                    sent = await self._transport.send_some(self._rest)
+                self._rest = self._rest[sent:]
+                if self._rest_was_pushed:
+                    self.unsent -= sent
+                self._client_is_there()
+        except trio.TooSlowError:
+            raise self._too_late(_ROOM) from None
+        except trio.BrokenResourceError as error:
+            raise self._broke(_ROOM, error) from error
+        finally:
+            self._sending = False
+            self._wake_others()
+
+    def _client_is_there(self) -> None:
+        """Give a client that takes what it is sent the idle time-out anew."""
+        if self._waiting is not None and not self._begun and self._drain.began_at is None:
+            self._waiting.deadline = trio.current_time() + self._idle_timeout
+
+    async def _send_what_is_pushed(self) -> None:
+        while not self._closed:
+            try:
+                await self._deliver()
+            except ClientError as error:
+                self._end_block(error)
+                return
+            except trio.ClosedResourceError:
+                return
+            await self._wait_for_others()
+
+    async def _wait_for_others(self) -> None:
+        if self._others is None:
+            self._others = trio.lowlevel.ParkingLot()
+        await self._others.park()
+
+    def _wake_others(self) -> None:
+        if self._others is not None:
+            self._others.unpark_all()
+
+    async def _splice(self, out: "Connection") -> None:
+        """Have the kernel move what has arrived to ``out``, for a while as long as there is more; if it can."""
+        source, target = self._transport, out._transport  # noqa: SLF001
+        if not isinstance(source, SocketTransport) or not isinstance(target, SocketTransport):
+            return
+        try:
+            pipe = Pipe()
+        except OSError:  # no descriptors left, or not Linux; there is the plain way
+            return
+        held = 0
+        self._receiving = out._sending = True  # noqa: SLF001
+        try:
+            for _ in range(SPLICES_PER_TURN):
+                held = self._splice_to(source, pipe)
+                if not held:
+                    return
+                while held:
+                    held -= await out._splice_from(pipe, target)  # noqa: SLF001
+                await trio.lowlevel.checkpoint()
+        except BaseException:
+            if held:
+                out._cut_off()  # noqa: SLF001
+            raise
+        finally:
+            self._receiving = out._sending = False  # noqa: SLF001
+            out._wake_others()  # noqa: SLF001
+            pipe.close()
+
+    def _splice_to(self, source: SocketTransport, pipe: Pipe) -> int:
+        try:
+            return source.splice_to(pipe)
+        except trio.BrokenResourceError as error:
+            raise self._broke(_REQUEST, error) from error
+        except OSError:  # a sandbox forbids it; there is the plain way
+            return 0
+
+    async def _splice_from(self, pipe: Pipe, target: SocketTransport) -> int:
+        try:
+            sent = target.splice_from(pipe)
+            if not sent:
+                with trio.fail_after(self._idle_timeout):
+                    await target.wait_for_room()
+        except trio.TooSlowError:
+            raise self._too_late(_ROOM) from None
+        except trio.BrokenResourceError as error:
+            raise self._broke(_ROOM, error) from error
+        self._client_is_there()
+        return sent
+
+    def _cut_off(self) -> None:
+        """Have the connection reset when it is closed, because what was sent is not whole."""
+        self._cut = True
+        self._transport.reset()
+
+    # What a client did.
+
+    async def _handshake(self) -> None:
+        stop = None
+        try:
+            with trio.fail_after(self._request_timeout), self._drain.ends_wait(earliest=self._last_call()) as stop:
+                await self._transport.handshake()
+        except trio.TooSlowError:
+            raise self._too_late(_HANDSHAKE) from None
+        except trio.BrokenResourceError as error:
+            raise self._broke(_HANDSHAKE, error) from error
+        if stop.cancelled_caught:
+            raise self._too_late(_HANDSHAKE)
+        self._handshaken = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError("this connection was closed")
+
+    def _too_late(self, what: str) -> ClientError:
+        return ClientError(f"timed out, awaiting {what}", self, "late", logging.WARNING)
+
+    def _broke(self, what: str, error: trio.BrokenResourceError) -> ClientError:
+        # A client that breaks off is no news; one that does not get as far as TLS may be.
+        level = logging.WARNING if what == _HANDSHAKE else logging.DEBUG
+        message = f"broke the connection, awaiting {what}: {failure_reason(error)}"
+        return ClientError(message, self, "reset", level)
+
+    def _ended_early(self) -> ClientError:
+        if not self._ended:
+            return ClientError("the server stops", self, "stopped", logging.DEBUG)
+        if not self._begun:
+            return ClientError("ended", self, "ended", logging.DEBUG)
+        return ClientError("ended in the middle of a request", self, "ended", logging.WARNING)
+
+
+class _Requests(Generic[RequestT]):
+    """What `Connection.requests` returns. An object, because a cancellation would end a generator."""
+
+    __slots__ = ("_connection", "_read")
+
+    def __init__(self, connection: Connection, read: Callable[[Connection], Awaitable[RequestT]]) -> None:
+        self._connection = connection
+        self._read = read
+
+    def __aiter__(self) -> Self:
+        return self
+
+    def __anext__(self) -> Awaitable[RequestT]:
+        return self._connection._read_request(self._read)  # noqa: SLF001 - this is part of it

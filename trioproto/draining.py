@@ -1,69 +1,137 @@
-"""How a graceful stop reaches those who serve: through Trio's context, so that neither side knows the other.
+"""What reaches a handler from its server, through Trio's context: whose stream it serves, and a graceful stop.
 
-A server announces a drain to all the tasks below it (a `contextvars.ContextVar`, which Trio hands from parent task to
-child). Whoever waits for a next request, however deep below, asks for the `current_drain` and ends its wait when
-that begins. Under a server that announces none, it never does.
+The server knows nothing of what a handler does with its stream, and the handler is passed nothing but the stream. What
+else they have to tell each other lies in a `contextvars.ContextVar`, which Trio hands from parent task to child. So a
+stop reaches whatever waits for a client, however deep below the server::
+
+    drain = current_drain()
+    while True:
+        with drain.ends_wait() as scope:  # a stop ends this wait ...
+            job = await next_job()
+        if scope.cancelled_caught:
+            break
+        await work_on(job)  # ... but nothing else
+
+`trioproto.Connection` does this for its handler.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Protocol
 
+import attrs
 import trio
 
-
-class Waiter(Protocol):
-    """Who may be waiting for a request when a stop begins."""
-
-    def stop_waiting(self) -> None:
-        """End the wait, if there is one."""
+from trioproto.addresses import format_address, peer_address, peer_name
 
 
 class Drain:
-    """The stop of one server: requests that are under way are finished, no further ones are waited for.
+    """The graceful stop of one server: what is under way is finished, and nothing further is waited for.
 
     Attributes:
-        began: whether the stop has begun.
-        began_at: when it has, on Trio's clock.
+        began: a `trio.Event`, set when the stop begins. Await it, or ask it.
+        began_at: when it began, on Trio's clock; None before.
     """
 
     def __init__(self) -> None:
-        self.began = False
-        self.began_at = math.inf
-        self._waiters: set[Waiter] = set()
+        self.began = trio.Event()
+        self.began_at: float | None = None
+        self._callbacks: set[Callable[[], object]] = set()
 
     def begin(self) -> None:
-        """Begin to stop, and tell everybody who listens."""
-        self.began = True
+        """Begin the stop."""
         self.began_at = trio.current_time()
-        for waiter in tuple(self._waiters):
-            waiter.stop_waiting()
+        self.began.set()
+        for callback in tuple(self._callbacks):
+            callback()
 
-    def listen(self, waiter: Waiter) -> None:
-        """Have ``waiter.stop_waiting()`` called when the stop begins, unless it began before."""
-        self._waiters.add(waiter)
+    def add_callback(self, callback: Callable[[], object]) -> None:
+        """Have ``callback()`` called when the stop begins; not at all if it has begun already."""
+        self._callbacks.add(callback)
 
-    def unlisten(self, waiter: Waiter) -> None:
-        """Take back `listen`."""
-        self._waiters.discard(waiter)
+    def remove_callback(self, callback: Callable[[], object]) -> None:
+        """Take back `add_callback`."""
+        self._callbacks.discard(callback)
+
+    @contextlib.contextmanager
+    def ends_wait(self, *, earliest: float = -math.inf) -> Iterator[trio.CancelScope]:
+        """Cancel what waits inside the block when the stop begins, or at once if it has begun already.
+
+        Args:
+            earliest: when the stop may end the wait at the earliest, on Trio's clock, if it begins before.
+
+        Yields:
+            The block's cancel scope, whose ``cancelled_caught`` tells afterwards whether the stop ended the wait.
+        """
+
+        def hurry() -> None:
+            began_at = math.inf if self.began_at is None else self.began_at
+            scope.deadline = min(scope.deadline, max(began_at, earliest))
+
+        with trio.CancelScope() as scope:
+            hurry()
+            self.add_callback(hurry)
+            try:
+                yield scope
+            finally:
+                self.remove_callback(hurry)
 
 
-_current: ContextVar[Drain] = ContextVar("trioproto_drain", default=Drain())  # noqa: B039 - nobody begins that one
+NEVER = Drain()
+
+
+@attrs.define(eq=False)
+class Accepted:
+    """A stream as a server accepted it, and what the server knows of it.
+
+    Attributes:
+        stream: what the handler is called with.
+        address: the client's, as the system gives it; None if the stream has none.
+        server: the address at which the server accepted it, for log lines; None if nobody has told.
+        drain: the server's stop.
+        at: when it was accepted, on Trio's clock.
+    """
+
+    stream: trio.abc.AsyncResource
+    address: object
+    server: str | None
+    drain: Drain
+    at: float
+
+    @property
+    def peer(self) -> str:
+        """The client's address, for log lines."""
+        return peer_name(self.stream) if self.address is None else format_address(self.address)
+
+
+_accepted: ContextVar[Accepted | None] = ContextVar("trioproto_accepted", default=None)
+
+
+def announce(accepted: Accepted) -> None:
+    """Tell the current task, and those that it starts, what stream it serves. A server calls this."""
+    _accepted.set(accepted)
 
 
 def current_drain() -> Drain:
-    """Return the drain of the server that the current task runs under."""
-    return _current.get()
+    """Return the stop of the server that the current task runs under; one that never begins, if there is none.
+
+    A task that a handler starts runs under the handler's server, and so does all that it starts in turn, such as a
+    `trio.serve_tcp` of its own. A `trioproto.serve_tcp` announces its own stop to its own handlers.
+    """
+    accepted = _accepted.get()
+    return NEVER if accepted is None else accepted.drain
 
 
-@contextlib.contextmanager
-def announced_drain() -> Iterator[Drain]:
-    """Announce a drain to all tasks that are started inside the block."""
-    drain = Drain()
-    token = _current.set(drain)
-    try:
-        yield drain
-    finally:
-        _current.reset(token)
+def accepted_as(stream: trio.abc.AsyncResource) -> Accepted:
+    """Return what is known of ``stream``: by its server, if it is the one that the current task serves.
+
+    A stop, and a client's address, belong to the stream that the server handed out, and to TLS on it. Another one that
+    a handler opens, such as one to a server behind it, is the handler's own affair: no stop concerns it.
+    """
+    accepted = _accepted.get()
+    if accepted is not None:
+        below = stream.transport_stream if type(stream) is trio.SSLStream else stream
+        if accepted.stream is stream or accepted.stream is below:
+            return accepted
+    return Accepted(stream, peer_address(stream), None, NEVER, trio.current_time())

@@ -26,13 +26,10 @@ async def echo_handler(
     On cancellation, the connection is closed at once and the cancellation goes on.
     """
     async with Connection(stream, idle_timeout=idle_timeout, request_timeout=request_timeout) as connection:
-        chunk = b""
-        while chunk := await connection.exchange(chunk):
-            if len(chunk) == RECEIVE_SIZE:
-                # More than one receive takes. There is nothing to look at in it, so let the kernel move the rest.
-                await connection.send(chunk)
-                await connection.relay()
-                chunk = b""
+        async for chunk in connection:
+            connection.push(chunk)
+            if len(chunk) == RECEIVE_SIZE:  # more than one receive takes: relay what follows, unseen
+                await connection.relay(connection)
 
 
 async def echo_request(stream: trio.abc.Stream, message: bytes) -> bytes:

@@ -11,11 +11,10 @@ operator 1             ASCII ``+``, ``-`` or ``*``
 The reply is the result alone: 4 bytes, int32, little-endian. A client may send many requests before it reads a
 reply; replies come in order.
 
-The protocol itself is plain synchronous code: `Request`, `Reply` and `OpConnection` turn messages into bytes and
-back and do no I/O. The handler and `op_request` at the end are the thin layer that does.
+The protocol itself is plain synchronous code: `Request`, `Reply` and `answer` turn messages into bytes and back and do
+no I/O. The handler and `op_request` at the end are the thin layer that does.
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from struct import Struct, pack
@@ -24,10 +23,8 @@ from typing import ClassVar, Self
 import attrs
 import trio
 
-from trioproto.connection import IDLE_TIMEOUT, REQUEST_TIMEOUT, Connection
+from trioproto.connection import IDLE_TIMEOUT, REQUEST_TIMEOUT, Connection, ProtocolError
 from trioproto.streams import receive_exactly
-
-_log = logging.getLogger(__name__)
 
 MAX_OPERANDS = 255
 INT32_MIN = -(2**31)
@@ -44,10 +41,6 @@ _FOLDS: dict[int, Callable[[Sequence[int]], int]] = {ord("+"): sum, ord("-"): _s
 
 # For each count, how that many operands lie on the wire.
 _OPERANDS = [Struct(f"<{count}i") for count in range(MAX_OPERANDS + 1)]
-
-
-class MalformedRequestError(ValueError):
-    """Bytes that are no op request, whatever may follow them."""
 
 
 def _as_tuple(operands: Iterable[int]) -> tuple[int, ...]:
@@ -94,13 +87,13 @@ class Request:
         """Return the one request that ``data`` is.
 
         Raises:
-            MalformedRequestError: if ``data`` is no request, or less than one, or more.
+            ProtocolError: if ``data`` is no request, or less than one, or more.
         """
         for operands, operator, end in _complete_requests(data):
             if end == len(data):
                 return cls(operands, chr(operator))
             break
-        raise MalformedRequestError(f"{len(data)} bytes are not one whole request")
+        raise ProtocolError(f"{len(data)} bytes are not one whole request")
 
 
 @attrs.frozen
@@ -132,19 +125,19 @@ def _complete_requests(data: bytes) -> Iterator[tuple[tuple[int, ...], int, int]
     these a second, and has nothing to check that the wire format does not already ensure.
 
     Raises:
-        MalformedRequestError: when it comes to one that is malformed.
+        ProtocolError: when it comes to one that is malformed.
     """
     start = 0
     while start < len(data):
         count = data[start]
         if count == 0:
-            raise MalformedRequestError("operand count is 0")
+            raise ProtocolError("operand count is 0")
         end = start + 1 + 4 * count + 1
         if end > len(data):
             return
         operator = data[end - 1]
         if operator not in _FOLDS:
-            raise MalformedRequestError(f"operator is {bytes([operator])!r}: not one of + - *")
+            raise ProtocolError(f"operator is {bytes([operator])!r}: not one of + - *")
         yield _OPERANDS[count].unpack_from(data, start + 1), operator, end
         start = end
 
@@ -165,36 +158,34 @@ def calculate(operands: Iterable[int], operator: str) -> int:
     return ((result - INT32_MIN) & 0xFFFFFFFF) + INT32_MIN
 
 
-class OpConnection:
-    """The server's side of one op connection, without any I/O: bytes of requests in, bytes of replies out.
+def answer(data: bytes) -> tuple[bytes, bytes]:
+    """Answer all the requests that ``data`` begins with.
 
-    Attributes:
-        unfinished: the bytes of a request that is not complete yet.
-        malformed: why there can be no further request, or None as long as there can.
+    Returns:
+        Their replies, and what is left of ``data``: a request that is not complete, or one that is malformed.
+
+    Raises:
+        ProtocolError: if ``data`` begins with a request that is malformed.
     """
+    results = []
+    end = 0
+    try:
+        for operands, operator, end in _complete_requests(data):  # noqa: B007 - the last end is used below
+            results.append(_FOLDS[operator](operands) & 0xFFFFFFFF)
+    except ProtocolError:
+        if not results:  # otherwise those before it are answered first
+            raise
+    return pack(f"<{len(results)}I", *results), data[end:]
 
-    __slots__ = ("malformed", "unfinished")
 
-    def __init__(self) -> None:
-        self.unfinished = b""
-        self.malformed: str | None = None
-
-    def receive_data(self, data: bytes) -> bytes:
-        """Take in what the client sent, and return the replies to all the requests that it completes.
-
-        A malformed request sets `malformed`; what is returned are the replies to those before it. Nothing that
-        comes after it can be understood, so this must not be called again then.
-        """
-        data = self.unfinished + data
-        results = []
-        end = 0
-        try:
-            for operands, operator, end in _complete_requests(data):  # noqa: B007 - the last end is used below
-                results.append(_FOLDS[operator](operands) & 0xFFFFFFFF)
-        except MalformedRequestError as error:
-            self.malformed = str(error)
-        self.unfinished = data[end:]
-        return pack(f"<{len(results)}I", *results)
+async def read_and_answer(connection: Connection) -> bytes:
+    """Receive all the requests that have arrived, at least one, and return their replies."""
+    data = await connection.receive_some()
+    replies, rest = answer(data)
+    while not replies:
+        replies, rest = answer(rest + await connection.receive_some())
+    connection.unreceive(rest)
+    return replies
 
 
 async def op_handler(
@@ -214,17 +205,9 @@ async def op_handler(
 
     On cancellation, the connection is closed at once and the cancellation goes on.
     """
-    op = OpConnection()
     async with Connection(stream, idle_timeout=idle_timeout, request_timeout=request_timeout) as connection:
-        replies = b""
-        while data := await connection.exchange(replies, mid_request=bool(op.unfinished)):
-            replies = op.receive_data(data)
-            if op.malformed:
-                _log.warning("%s sent a malformed request: %s", connection.peer, op.malformed)
-                await connection.send(replies)
-                return
-        if op.unfinished and connection.client_ended:
-            _log.warning("%s ended in the middle of a request", connection.peer)
+        async for replies in connection.requests(read_and_answer):
+            connection.push(replies)
 
 
 async def op_request(stream: trio.abc.Stream, operands: Iterable[int], operator: str) -> int:

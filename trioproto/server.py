@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 import attrs
 import trio
 
-from trioproto.addresses import peer_name
-from trioproto.draining import announced_drain
+from trioproto.addresses import format_address, peer_address
+from trioproto.draining import Accepted, Drain, announce
 
 _log = logging.getLogger(__name__)
 
@@ -56,8 +56,16 @@ CAPACITY_WAIT = 0.1
 # How many connections one wake-up accepts before the others get their turn.
 ACCEPT_BATCH = 128
 
+# So many such connections in a row are no accident, but something that refuses all of them, such as a sandbox. Then the
+# acceptor waits like one that is short of descriptors.
+LOST_IN_A_ROW = 100
+
 # In a stop, how long a listener that is no socket is asked whether a connection waits.
 LAST_LOOK = 0.01
+
+# In a stop, for how many seconds the connections that are queued are still accepted. Where they go on arriving, or wait
+# for places at the limit, the queue would never be seen empty, and the grace period would end in cut requests.
+EMPTYING_SECONDS = 1.0
 
 
 @attrs.frozen
@@ -95,7 +103,7 @@ async def serve_listeners(
 
     Args:
         handler: an async function that serves one connection.
-        listeners: where connections come from. They are closed in the end.
+        listeners: where connections come from, one or more. They are closed in the end.
         tick: seconds, above 0, between two wake-ups of the accept loop, as by the timeout of ``accept()`` in a
             game server's loop. None: the loop just waits.
         on_tick: awaited in the accept loop on each tick, with the `ServerStats` of that moment. The nth tick is
@@ -104,9 +112,10 @@ async def serve_listeners(
             connections wait in the kernel's queue. An exception that it raises ends the server.
         max_connections: how many connections are served at once, 1 or more; the kernel's queue holds the rest, and
             none is refused. None: as many as come.
-        shutdown: stops the server once it is set. Connections that wait in the kernel's queue are still served, and
-            the listeners closed. Handlers built on `trioproto.connection.Connection` finish the requests that are
-            under way and end; other handlers are waited for.
+        shutdown: stops the server once it is set. Connections that wait in the kernel's queue are still served, as
+            far as they can be accepted within `EMPTYING_SECONDS`, and the listeners closed. A listener that its owner
+            closes at the same time, because its socket has another server to serve its queue, is left alone. Handlers
+            with a `trioproto.Connection` finish the requests that are under way and end; other handlers are waited for.
         grace_period: seconds, 0 or more, from ``shutdown`` until the connections that are left are cancelled.
         task_status: for `trio.Nursery.start`, which returns ``listeners``.
 
@@ -114,7 +123,8 @@ async def serve_listeners(
         The last `ServerStats`, when ``shutdown`` was set and every connection has ended.
 
     Raises:
-        ValueError: for a setting out of its range, or an ``on_tick`` without ``tick``.
+        ValueError: for a setting out of its range, an ``on_tick`` without ``tick``, or no listeners: a server that
+            nobody can connect to is a mistake, and without an acceptor nothing would tick.
         OSError: in the nursery's exception group, if accepting fails because of the listener itself (accept(2):
             EBADF, EINVAL, ENOTSOCK). Errors of one connection pass; a lack of descriptors or memory is logged once
             and waited out.
@@ -122,26 +132,28 @@ async def serve_listeners(
     On cancellation, every connection is cancelled and every listener closed. ``shutdown`` cancels an ``on_tick`` that
     is running.
     """
-    _check_settings(tick, on_tick, max_connections, grace_period)
-    with announced_drain() as drain:
-        async with trio.open_nursery() as nursery:
-            connections = _Connections(handler, nursery, math.inf if max_connections is None else max_connections)
-            accepting = []
-            for number, listener in enumerate(listeners):
-                scope = trio.CancelScope()
-                accepting.append(scope)
-                # One loop ticks, so that the ticks come once however many listeners there are.
-                interval = tick if tick is not None and number == 0 else math.inf
-                nursery.start_soon(_Acceptor(listener, connections).run, interval, on_tick, scope)
-            task_status.started(listeners)
-            if shutdown is not None:
-                await shutdown.wait()
-                nursery.cancel_scope.deadline = trio.current_time() + grace_period
-                for scope in accepting:
-                    scope.cancel()
-                drain.begin()
-        if nursery.cancel_scope.cancelled_caught:
-            _log.warning("the grace period of %s s is over: cancelled what was left", grace_period)
+    check_settings(tick, on_tick, max_connections, grace_period)
+    if not listeners:
+        raise ValueError("listeners must not be empty")
+    drain = Drain()
+    async with trio.open_nursery() as nursery:
+        connections = _Connections(handler, nursery, math.inf if max_connections is None else max_connections, drain)
+        accepting = []
+        for number, listener in enumerate(listeners):
+            scope = trio.CancelScope()
+            accepting.append(scope)
+            # One loop ticks, so that the ticks come once however many listeners there are.
+            interval = tick if tick is not None and number == 0 else math.inf
+            nursery.start_soon(_Acceptor(listener, connections, shutdown).run, interval, on_tick, scope)
+        task_status.started(listeners)
+        if shutdown is not None:
+            await shutdown.wait()
+            nursery.cancel_scope.deadline = trio.current_time() + grace_period
+            for scope in accepting:
+                scope.cancel()
+            drain.begin()
+    if nursery.cancel_scope.cancelled_caught:
+        _log.warning("the grace period of %s s is over: cancelled what was left", grace_period)
     return connections.stats()
 
 
@@ -180,7 +192,7 @@ async def serve_tcp(
 
     On cancellation, every connection is cancelled and every listener closed.
     """
-    _check_settings(tick, on_tick, max_connections, grace_period)  # before anything is open that would be left so
+    check_settings(tick, on_tick, max_connections, grace_period)  # before anything is open that would be left so
     listeners = await trio.open_tcp_listeners(port, host=host, backlog=backlog)
     return await serve_listeners(
         handler,
@@ -194,9 +206,10 @@ async def serve_tcp(
     )
 
 
-def _check_settings(
+def check_settings(
     tick: float | None, on_tick: OnTick | None, max_connections: int | None, grace_period: float
 ) -> None:
+    """Raise `ValueError` for a setting of `serve_listeners` that is out of its range."""
     if tick is not None and not tick > 0:
         raise ValueError(f"tick is {tick}: not above 0 seconds")
     if on_tick is not None and tick is None:
@@ -211,11 +224,16 @@ class _Connections:
     """Runs a task for each connection in one nursery, and keeps count."""
 
     def __init__(
-        self, handler: Callable[[Any], Awaitable[object]], nursery: trio.Nursery, max_connections: float
+        self,
+        handler: Callable[[Any], Awaitable[object]],
+        nursery: trio.Nursery,
+        max_connections: float,
+        drain: Drain,
     ) -> None:
         self._handler = handler
         self._nursery = nursery
         self._max = max_connections
+        self._drain = drain
         self._began = trio.current_time()
         self._accepted = 0
         self._active = 0
@@ -234,45 +252,57 @@ class _Connections:
         while not self.has_room():
             await self._waiting_for_room.park()
 
-    def start(self, stream: trio.abc.Stream) -> None:
+    def start(self, stream: trio.abc.Stream, address: object, server: str) -> None:
         self._accepted += 1
         self._active += 1
-        self._nursery.start_soon(self._run, stream, self._accepted)
+        accepted = Accepted(stream, address, server, self._drain, trio.current_time())
+        self._nursery.start_soon(self._run, accepted, self._accepted)
 
-    async def _run(self, stream: trio.abc.Stream, number: int) -> None:
-        if _log.isEnabledFor(logging.DEBUG):
-            _log.debug("connection %d from %s", number, peer_name(stream))
+    async def _run(self, accepted: Accepted, number: int) -> None:
+        stream = accepted.stream
+        announce(accepted)
+        verbose = _log.isEnabledFor(logging.DEBUG)
+        if verbose:
+            _log.debug("connection %d from %s to %s", number, accepted.peer, accepted.server)
         try:
             await self._handler(stream)
         except Exception as crash:  # noqa: BLE001 - a handler's bug, of whatever type, ends its own connection only
-            self._log_crash(stream, number, crash)
+            self._log_crash(accepted, number, crash)
         except BaseExceptionGroup as group:
             # A nursery in the handler may group its bug with a cancellation. That one has to go on.
             crashes, rest = group.split(Exception)
             if crashes is not None:
-                self._log_crash(stream, number, crashes)
+                self._log_crash(accepted, number, crashes)
             if rest is not None:
                 raise rest from None
         finally:
             self._active -= 1
             if self._waiting_for_room:
                 self._waiting_for_room.unpark_all()
-            _log.debug("connection %d ended", number)
+            if verbose:
+                _log.debug("connection %d to %s ended", number, accepted.server)
             if not (isinstance(stream, trio.SocketStream) and stream.socket.fileno() == -1):
                 await trio.aclose_forcefully(stream)
 
-    def _log_crash(self, stream: trio.abc.Stream, number: int, crash: Exception) -> None:
+    def _log_crash(self, accepted: Accepted, number: int, crash: Exception) -> None:
         self._crashed += 1
-        _log.error("connection %d from %s: the handler crashed", number, peer_name(stream), exc_info=crash)
+        _log.error(
+            "connection %d from %s to %s: the handler crashed", number, accepted.peer, accepted.server, exc_info=crash
+        )
 
 
 class _Acceptor:
     """Accepts from one listener."""
 
-    def __init__(self, listener: trio.abc.Listener[Any], connections: _Connections) -> None:
+    def __init__(
+        self, listener: trio.abc.Listener[Any], connections: _Connections, shutdown: trio.Event | None
+    ) -> None:
         self._listener = listener
         self._connections = connections
+        self._shutdown = shutdown
+        self._server = _listener_name(listener)
         self._short = False  # of descriptors or memory
+        self._lost = 0  # connections in a row that were gone, or refused, before they were accepted
 
     async def run(self, tick: float, on_tick: OnTick | None, until_shutdown: trio.CancelScope) -> None:
         """Accept until ``until_shutdown`` is cancelled, then take in what is still queued, and close the listener."""
@@ -280,7 +310,7 @@ class _Acceptor:
             with _borrowed_socket(self._listener) as listening:
                 began = trio.current_time()
                 number = 1
-                with until_shutdown:
+                with until_shutdown, self._ignore_closing_in_a_stop():
                     while True:
                         # Inside the scope the loop runs undisturbed; only the tick gets out of it.
                         with trio.move_on_after(max(0.0, began + number * tick - trio.current_time())):
@@ -289,7 +319,8 @@ class _Acceptor:
                             await on_tick(self._connections.stats())
                         # Counted from the beginning, the schedule cannot drift; a tick that is past is left out.
                         number = max(number + 1, math.ceil((trio.current_time() - began) / tick))
-                await self._accept(listening, forever=False)
+                with trio.move_on_after(EMPTYING_SECONDS), self._ignore_closing_in_a_stop():
+                    await self._accept(listening, forever=False)
 
     async def _accept(self, listening: socket.socket | None, *, forever: bool) -> None:
         """Accept and start connections: for ever, or as long as some are queued."""
@@ -302,18 +333,30 @@ class _Acceptor:
                         await trio.lowlevel.wait_readable(self._listener.socket)
                     else:
                         await trio.lowlevel.checkpoint()
+                        if self._listener.socket.fileno() == -1:  # closed; the descriptor may be another's by now
+                            return
                     empty = self._start_queued(listening)
                 else:
                     # Two listeners that are no sockets may both wait here for the last place: one is served too many.
                     with trio.move_on_after(math.inf if forever else LAST_LOOK) as look:
-                        self._connections.start(await self._listener.accept())
+                        stream = await self._listener.accept()
+                        self._connections.start(stream, peer_address(stream), self._server)
                     empty = look.cancelled_caught
             except OSError as error:
                 await self._get_over(error)
             else:
+                self._lost = 0
                 if self._short:
-                    _log.info("accepting again")
+                    _log.info("%s: accepting again", self._server)
                 self._short = False
+
+    @contextlib.contextmanager
+    def _ignore_closing_in_a_stop(self) -> Iterator[None]:
+        try:
+            yield
+        except trio.ClosedResourceError:
+            if self._shutdown is None or not self._shutdown.is_set():
+                raise
 
     def _start_queued(self, listening: socket.socket) -> bool:
         """Start the connections that are queued, as far as there is room: a burst in one wake-up.
@@ -328,22 +371,35 @@ class _Acceptor:
             for _ in range(ACCEPT_BATCH):
                 if not self._connections.has_room():
                     break
-                accepted, _address = listening.accept()
-                self._connections.start(trio.SocketStream(trio.socket.from_stdlib_socket(accepted)))
+                accepted, address = listening.accept()
+                stream = trio.SocketStream(trio.socket.from_stdlib_socket(accepted))
+                self._connections.start(stream, address, self._server)
         except BlockingIOError:
             return True
         return False
 
     async def _get_over(self, error: OSError) -> None:
         if error.errno in _CONNECTION_ERRNOS:
-            _log.debug("a connection was lost before it was accepted: %s", error)
-        elif error.errno in _CAPACITY_ERRNOS:
-            if not self._short:
-                _log.error("cannot accept: %s; new connections wait until others have ended", os.strerror(error.errno))
-            self._short = True
-            await trio.sleep(CAPACITY_WAIT)
-        else:
+            _log.debug("%s: a connection was lost before it was accepted: %s", self._server, error)
+            self._lost += 1
+            if self._lost < LOST_IN_A_ROW:
+                return
+        elif error.errno not in _CAPACITY_ERRNOS:
             raise error
+        if not self._short:
+            _log.error("%s: cannot accept: %s; new connections wait", self._server, os.strerror(error.errno or 0))
+        self._short = True
+        await trio.sleep(CAPACITY_WAIT)
+
+
+def _listener_name(listener: trio.abc.Listener[Any]) -> str:
+    """Name a listener for log lines: the address on which it listens, or its class if it has none."""
+    if isinstance(listener, trio.SSLListener):
+        listener = listener.transport_listener
+    if isinstance(listener, trio.SocketListener):
+        return format_address(listener.socket.getsockname())
+    address = getattr(listener, "address", None)  # a network in memory has addresses, too
+    return type(listener).__name__ if address is None else format_address(address)
 
 
 class _ListeningSocket(socket.socket):

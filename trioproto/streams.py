@@ -18,12 +18,14 @@ class IncompleteReadError(EOFError):
     Attributes:
         partial: the bytes that did arrive, possibly none.
         expected: how many were expected.
+        stream: the one that ended, if it is known.
     """
 
-    def __init__(self, partial: bytes, expected: int) -> None:
+    def __init__(self, partial: bytes, expected: int, stream: object = None) -> None:
         super().__init__(partial, expected)
         self.partial = partial
         self.expected = expected
+        self.stream = stream
 
     def __str__(self) -> str:
         return f"end of stream after {len(self.partial)} of {self.expected} bytes"
@@ -58,6 +60,6 @@ async def receive_exactly(stream: trio.abc.ReceiveStream, n: int) -> bytes:
         # we ask for. So we ask for what is missing, and ask again until nothing is.
         chunk = await stream.receive_some(min(n - len(received), RECEIVE_SIZE))
         if not chunk:
-            raise IncompleteReadError(bytes(received), n)
+            raise IncompleteReadError(bytes(received), n, stream)
         received += chunk
     return bytes(received)

@@ -1,73 +1,83 @@
-"""A stream's bytes in and out, for a server: the seam behind which the fast way differs from the plain one.
+"""How a stream's bytes move, for a server: the seam behind which the fast way differs from the plain one.
 
 `transport_for` picks the way. The plain one is any stream's own ``send_all`` and ``receive_some``. The fast one is for
 sockets: what the kernel takes or has at once moves with a direct call, and only what has to wait goes through Trio's
 waiting; bulk is moved inside the kernel (splice(2)).
+
+Time-outs are the caller's: it puts a cancel scope around whatever may have to wait.
 """
 
 import contextlib
 import errno
 import os
+import socket
+import struct
 from typing import Protocol
 
 import trio
 
 from trioproto.streams import RECEIVE_SIZE
 
-# How long a stream that is no socket is given, at the least, to hand over what has already arrived. That takes a pass
-# or two through the scheduler, and no time.
-LAST_LOOK = 0.01
+# A closing connection goes on discarding what its peer still sends for as long as this in all, this long after the
+# last of it, and for this much. (nginx calls these lingering_time and lingering_timeout.)
+LINGER_SECONDS = 5.0
+LINGER_SILENCE = 1.0
+LINGER_BYTES = 16 * 2**20
 
 # How long a stream that is no socket may take to close before it is closed by force.
 CLOSE_SECONDS = 5.0
 
-# What a relay moves in one go, and has in the kernel at most: more than the 64 KiB that a pipe holds by default
-# (pipe(7)), which takes a fifth less time for the same bytes.
-RELAY_SIZE = 2**18
-# How often one relay goes on, if there is more, before it returns to the handler, which may have to stop.
-RELAY_TURNS = 16
+# What a pipe between two sockets holds at most: more than the 64 KiB that it holds by default (pipe(7)), which takes a
+# fifth less time for the same bytes.
+PIPE_SIZE = 2**18
+
+# What splice(2) and pipe2(2) report where the system, or a sandbox, has or allows no such thing.
+_REFUSED = {errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP}
 
 
 class Transport(Protocol):
-    """What `transport_for` returns. Cancellation may leave part of something sent, and closes nothing."""
+    """What `transport_for` returns.
 
-    async def send_all(self, data: bytes, patience: float) -> None:
-        """Send ``data``, whole. No checkpoint, if the kernel takes all of it at once.
+    All of it raises `trio.BrokenResourceError` if the connection is broken, and `trio.ClosedResourceError` if somebody
+    has closed the stream.
 
-        Args:
-            data: what to send.
-            patience: seconds to wait for the peer to make room. A socket counts anew whenever the kernel has room
-                again; any other stream has them for all of ``data``, because it does not tell.
+    Attributes:
+        needs_handshake: whether nothing moves before `handshake`.
+        last_look: how many seconds `receive` needs, at the least, to hand over what has already arrived.
+    """
 
-        Raises:
-            trio.TooSlowError: if the peer lets them pass.
-            trio.BrokenResourceError: if the connection is broken.
+    needs_handshake: bool
+    last_look: float
+
+    async def handshake(self) -> None:
+        """Make the TLS handshake, or wait until another task has made it."""
+
+    def receive_nowait(self) -> bytes | None:
+        """Return what has arrived, at most `RECEIVE_SIZE` bytes; ``b""`` at the end of the stream; None for nothing."""
+
+    async def receive(self) -> bytes:
+        """Wait until something arrives, and return it as `receive_nowait` does. Cancellation loses no byte."""
+
+    def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
+        """Send what can be sent at once of ``data``, from its start, and return how many bytes that were."""
+
+    async def send_some(self, data: memoryview) -> int:
+        """Wait until some of ``data`` can be sent, one byte or more, send it, and return how many bytes that were.
+
+        On cancellation, a socket has sent nothing. Another stream may have sent part of it, and sends no more then.
         """
 
-    async def receive(self, patience: float) -> bytes | None:
-        """Wait for bytes, and return what has arrived, at most `RECEIVE_SIZE`. Always a checkpoint.
+    async def wait_for_room(self) -> None:
+        """Wait until something can probably be sent."""
 
-        Args:
-            patience: seconds to wait; with 0, only what has arrived already is returned.
+    async def send_eof(self) -> None:
+        """End this side, if the stream can end one side alone."""
 
-        Returns:
-            ``b""`` at the end of the stream; None if nothing arrives in time.
+    async def linger(self) -> None:
+        """End this side such that nothing is lost of what was sent: wait for the peer to end its side, for a while."""
 
-        Raises:
-            trio.BrokenResourceError: if the connection is broken.
-        """
-
-    def hurry(self, patience: float) -> None:
-        """Give a `receive` that is waiting now at most ``patience`` seconds more."""
-
-    async def relay(self, patience: float) -> None:
-        """Send back what has arrived, unseen, until nothing more is there; or do nothing, if the system cannot.
-
-        At most `RELAY_TURNS` times `RELAY_SIZE` bytes, and a checkpoint after each of them.
-
-        Args:
-            patience: as for `send_all`, which this raises the same as.
-        """
+    def reset(self) -> None:
+        """Have `aclose` tell the peer that the connection is broken, and not that it has ended."""
 
     async def aclose(self) -> None:
         """Close the stream; by force, if cancelled."""
@@ -83,31 +93,64 @@ def transport_for(stream: trio.abc.Stream) -> Transport:
 class StreamTransport:
     """The plain way, for any stream."""
 
-    __slots__ = ("_stream", "_waiting")
+    __slots__ = ("_cut", "_reset", "_stream", "needs_handshake")
+
+    # A pass or two through the scheduler, and no time.
+    last_look = 0.01
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
-        self._waiting = trio.CancelScope()  # of the last receive
+        self._cut = False  # a send ended before its data did
+        self._reset = False
+        self.needs_handshake = type(stream) is trio.SSLStream  # a final class; isinstance is slow with its kind
 
-    async def send_all(self, data: bytes, patience: float) -> None:
-        with trio.fail_after(patience):
-            await self._stream.send_all(data)
+    async def handshake(self) -> None:
+        assert isinstance(self._stream, trio.SSLStream)  # noqa: S101 - for the type checker
+        await self._stream.do_handshake()
+        self.needs_handshake = False
 
-    async def receive(self, patience: float) -> bytes | None:
-        with trio.move_on_after(max(patience, LAST_LOOK)) as self._waiting:
-            return bytes(await self._stream.receive_some(RECEIVE_SIZE))
+    def receive_nowait(self) -> bytes | None:
         return None
 
-    def hurry(self, patience: float) -> None:
-        in_time = trio.current_time() + max(patience, LAST_LOOK)
-        self._waiting.deadline = min(self._waiting.deadline, in_time)
+    async def receive(self) -> bytes:
+        return bytes(await self._stream.receive_some(RECEIVE_SIZE))
 
-    async def relay(self, patience: float) -> None:  # noqa: ARG002 - the interface's
-        await trio.lowlevel.checkpoint()
+    def send_nowait(self, data: bytes | bytearray | memoryview) -> int:  # noqa: ARG002 - the interface's
+        return 0
+
+    async def send_some(self, data: memoryview) -> int:
+        if self._cut:
+            raise trio.BrokenResourceError("an earlier send was cut off")
+        # In pieces, because a stream does not tell how far it is, and a peer is given time for each.
+        piece = data[:RECEIVE_SIZE]
+        self._cut = True
+        await self._stream.send_all(piece)
+        self._cut = False
+        return len(piece)
+
+    async def wait_for_room(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def send_eof(self) -> None:
+        if isinstance(self._stream, trio.abc.HalfCloseableStream):
+            await self._stream.send_eof()
+        else:
+            await trio.lowlevel.checkpoint()
+
+    async def linger(self) -> None:
+        await _linger(self._stream)
+
+    def reset(self) -> None:
+        self._reset = True
 
     async def aclose(self) -> None:
+        if self._reset or self.needs_handshake:  # TLS then says no goodbye, so the peer takes the end for a break
+            if self._reset:
+                _reset(self._stream)
+            await trio.aclose_forcefully(self._stream)
+            return
         # TLS says goodbye first, and may have to wait for room to say it.
-        with trio.move_on_after(CLOSE_SECONDS):
+        with trio.move_on_after(CLOSE_SECONDS), contextlib.suppress(trio.BrokenResourceError):
             await self._stream.aclose()
 
 
@@ -118,91 +161,63 @@ class SocketTransport:
     Trio's. The descriptor is asked for anew each time: it is -1 as soon as somebody has closed the stream.
     """
 
-    __slots__ = ("_known_to_trio", "_patience", "_socket", "_waiting")
+    __slots__ = ("_known_to_trio", "_socket", "_stream")
+
+    needs_handshake = False
+    last_look = 0.0
 
     def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
         self._socket = stream.socket
-        self._patience = 0.0
-        self._waiting: trio.CancelScope | None = None
         self._known_to_trio = False  # nobody has waited for it yet
 
-    async def send_all(self, data: bytes, patience: float) -> None:
-        while True:
-            try:
-                sent = os.write(self._socket.fileno(), data)
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:
-                raise _stream_error(error) from error
-            if sent == len(data):
-                return
-            data = data[sent:]
-            await self._wait_for_room(patience)
-
-    async def receive(self, patience: float) -> bytes | None:
-        # One pass through the scheduler, in which the others have their turns. On a busy server the next bytes have
-        # mostly arrived by then, and there is nothing to wait for, which saves telling Trio and the kernel about it.
-        self._patience = patience
+    async def handshake(self) -> None:
         await trio.lowlevel.checkpoint()
-        in_time = True
+
+    def receive_nowait(self) -> bytes | None:
+        try:
+            return os.read(self._socket.fileno(), RECEIVE_SIZE)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise _stream_error(error) from error
+
+    async def receive(self) -> bytes:
         while True:
-            try:
-                return os.read(self._socket.fileno(), RECEIVE_SIZE)
-            except BlockingIOError:
-                if not in_time:
-                    return None
-            except OSError as error:
-                raise _stream_error(error) from error
             self._known_to_trio = True
-            with trio.move_on_after(self._patience) as self._waiting:
-                await trio.lowlevel.wait_readable(self._socket)
-            in_time = not self._waiting.cancelled_caught
-            self._waiting = None
+            await trio.lowlevel.wait_readable(self._socket)
+            data = self.receive_nowait()
+            if data is not None:
+                return data
 
-    def hurry(self, patience: float) -> None:
-        self._patience = min(self._patience, patience)
-        if self._waiting is not None:
-            self._waiting.deadline = min(self._waiting.deadline, trio.current_time() + patience)
-
-    async def relay(self, patience: float) -> None:
-        await trio.lowlevel.checkpoint()
-        if not hasattr(os, "splice"):  # not Linux; there is the plain way
-            return
+    def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
         try:
-            outlet, inlet = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:  # no descriptors left; likewise
-            return
-        try:
-            import fcntl  # noqa: PLC0415 - Windows has none
-
-            with contextlib.suppress(OSError):  # one user's pipes have a bound; the default size does, too
-                fcntl.fcntl(inlet, fcntl.F_SETPIPE_SZ, RELAY_SIZE)
-            for _ in range(RELAY_TURNS):
-                held = self._splice(self._socket.fileno(), inlet)
-                if not held:
-                    return
-                while held:
-                    held -= self._splice(outlet, self._socket.fileno())
-                    if held:
-                        await self._wait_for_room(patience)
-                await trio.lowlevel.checkpoint()
-        finally:
-            os.close(outlet)
-            os.close(inlet)
-
-    def _splice(self, source: int, target: int) -> int:
-        """Move what can be moved now, up to `RELAY_SIZE` bytes; none, too, at the end of the stream."""
-        try:
-            return os.splice(source, target, RELAY_SIZE)
+            return os.write(self._socket.fileno(), data)
         except BlockingIOError:
             return 0
         except OSError as error:
             raise _stream_error(error) from error
 
-    async def _wait_for_room(self, patience: float) -> None:
+    async def send_some(self, data: memoryview) -> int:
+        sent = 0
+        while not sent:
+            await self.wait_for_room()
+            sent = self.send_nowait(data)
+        return sent
+
+    async def wait_for_room(self) -> None:
         self._known_to_trio = True
-        with trio.fail_after(patience):
-            await trio.lowlevel.wait_writable(self._socket)
+        await trio.lowlevel.wait_writable(self._socket)
+
+    async def send_eof(self) -> None:
+        await self._stream.send_eof()
+
+    async def linger(self) -> None:
+        self._known_to_trio = True
+        await _linger(self._stream)
+
+    def reset(self) -> None:
+        _reset_when_closed(self._socket)
 
     async def aclose(self) -> None:
         # Before it closes a socket, Trio wakes those who wait for it, and has epoll forget it. A short conversation has
@@ -213,9 +228,99 @@ class SocketTransport:
         elif (descriptor := self._socket.detach()) != -1:
             os.close(descriptor)
 
+    def splice_to(self, pipe: "Pipe") -> int:
+        """Move what has arrived into ``pipe``, and return how many bytes; none at the end of the stream, too."""
+        return _splice(self._socket.fileno(), pipe.inlet)
+
+    def splice_from(self, pipe: "Pipe") -> int:
+        """Send what can be sent at once of what ``pipe`` holds, and return how many bytes that were."""
+        return _splice(pipe.outlet, self._socket.fileno())
+
+
+class Pipe:
+    """A pipe that bytes go through from one socket to another inside the kernel, on Linux.
+
+    Raises:
+        OSError: on creation, if the system has none to give, or no splice(2).
+    """
+
+    def __init__(self) -> None:
+        if not hasattr(os, "splice"):  # FreeBSD has pipes, and no splice(2)
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        self.outlet, self.inlet = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        import fcntl  # noqa: PLC0415 - Windows has none
+
+        with contextlib.suppress(OSError):  # one user's pipes have a bound; the default size does, too
+            fcntl.fcntl(self.inlet, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+
+    def close(self) -> None:
+        """Close both ends."""
+        os.close(self.outlet)
+        os.close(self.inlet)
+
+
+def _splice(source: int, target: int) -> int:
+    try:
+        return os.splice(source, target, PIPE_SIZE)
+    except BlockingIOError:
+        return 0
+    except OSError as error:
+        if error.errno in _REFUSED:
+            raise
+        raise _stream_error(error) from error
+
 
 def _stream_error(error: OSError) -> Exception:
     """What Trio's streams raise for ``error``."""
     if error.errno == errno.EBADF:
         return trio.ClosedResourceError("this socket was already closed")
     return trio.BrokenResourceError(f"socket connection broken: {error}")
+
+
+def _reset(stream: trio.abc.AsyncResource) -> None:
+    """Have the end of ``stream`` look like a break, if it is of a kind that can be reset."""
+    if isinstance(stream, trio.SSLStream):
+        stream = stream.transport_stream
+    if isinstance(stream, trio.SocketStream):
+        _reset_when_closed(stream.socket)
+    elif hasattr(stream, "reset"):  # a network in memory knows resets, too
+        stream.reset()
+
+
+def _reset_when_closed(closing: trio.socket.SocketType) -> None:
+    """Have ``close`` send a reset and drop what is not sent yet: linger for 0 seconds (socket(7), SO_LINGER)."""
+    with contextlib.suppress(OSError):  # the socket may be closed already, or be of a kind that knows no reset
+        closing.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+async def _linger(stream: trio.abc.Stream) -> None:
+    """End ``stream`` such that what was sent is not destroyed on its way.
+
+    Closing a socket that holds bytes nobody has received, or that is sent more later, makes the kernel send a
+    reset (RFC 1122, section 4.2.2.13), in place of what still lies in its output buffer; and some systems that get
+    a reset throw away what has arrived and is not read yet. So we send end of stream, and take in and discard what
+    still comes until the client has seen it and ends its side too; for a bounded time and amount, as nobody may keep
+    us here.
+
+    What the client does meanwhile is no fault any more.
+    """
+    with trio.move_on_after(LINGER_SECONDS), contextlib.suppress(trio.BrokenResourceError):
+        if isinstance(stream, trio.SSLStream):
+            below = stream.transport_stream
+            try:
+                # Sends close_notify, and waits for the client's. Whatever comes in its stead is an error of TLS.
+                with trio.move_on_after(LINGER_SILENCE), contextlib.suppress(trio.BrokenResourceError):
+                    await stream.unwrap()
+                await _linger(below)
+            finally:
+                await trio.aclose_forcefully(below)
+        elif isinstance(stream, trio.abc.HalfCloseableStream):
+            await stream.send_eof()
+            left = LINGER_BYTES
+            more = True
+            while more and left > 0:
+                more = False
+                with trio.move_on_after(LINGER_SILENCE):
+                    received = len(await stream.receive_some(RECEIVE_SIZE))
+                    more = received > 0
+                    left -= received

@@ -1,0 +1,86 @@
+"""What has arrived and is not taken yet, as plain synchronous code."""
+
+
+class ReceiveBuffer:
+    """Bytes that are put in at the end and taken from the start, in linear time however they come.
+
+    What one delivery brought is mostly taken as it is; nothing is copied then.
+
+    Attributes:
+        size: how many bytes can be taken.
+    """
+
+    __slots__ = ("_bytes", "_mark", "_position", "size")
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._bytes: bytes | bytearray = b""
+        self._position = 0  # of the next byte to take
+        self._mark: int | None = None  # of the byte that `rewind` goes back to
+
+    def append(self, data: bytes) -> None:
+        """Put ``data`` in at the end."""
+        kept = self._position if self._mark is None else self._mark
+        if kept == len(self._bytes):
+            self._bytes = data
+        elif isinstance(self._bytes, bytearray):
+            del self._bytes[:kept]
+            self._bytes += data
+        else:
+            self._bytes = bytearray().join((memoryview(self._bytes)[kept:], data))
+        self._position -= kept
+        if self._mark is not None:
+            self._mark = 0
+        self.size += len(data)
+
+    def take(self, n: int) -> bytes:
+        """Return the next ``n`` bytes; fewer if there are not so many."""
+        end = self._position + n
+        if isinstance(self._bytes, bytes):
+            data = self._bytes[self._position : end]  # all of it is no copy
+        else:
+            with memoryview(self._bytes) as view:
+                data = bytes(view[self._position : end])
+        self._position += len(data)
+        self.size -= len(data)
+        if not self.size and self._mark is None:
+            self.clear()
+        return data
+
+    def find(self, delimiter: bytes, start: int) -> int:
+        """Return how many bytes are in front of the first ``delimiter`` from byte ``start`` on; -1 if there is none."""
+        found = self._bytes.find(delimiter, self._position + start)
+        return -1 if found < 0 else found - self._position
+
+    def give_back(self, data: bytes) -> None:
+        """Put ``data``, which was taken last, back at the start."""
+        start = self._position - len(data)
+        if start >= 0 and self._bytes.startswith(data, start):
+            self._position = start
+        else:
+            self._bytes = data + self._bytes[self._position :]
+            self._position = 0
+        self.size += len(data)
+
+    def mark(self) -> None:
+        """Note the next byte, and keep what is taken from here on."""
+        self._mark = self._position
+
+    def rewind(self) -> None:
+        """Go back to the byte that was marked."""
+        if self._mark is not None:
+            self.size += self._position - self._mark
+            self._position = self._mark
+            self._mark = None
+
+    def unmark(self) -> None:
+        """Keep what was taken no longer."""
+        self._mark = None
+        if not self.size:
+            self.clear()
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self._bytes = b""
+        self._position = self.size = 0
+        self._mark = None
