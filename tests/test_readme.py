@@ -1,8 +1,11 @@
 """The README tells the truth."""
 
+import contextlib
 import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,11 +14,30 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+SERVER, APP = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_server() -> None:
+    """The server that the README opens with answers as it says, and SIGTERM stops it (on a port that is free)."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    code = SERVER.replace("9000", str(port))
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE) as server:
+        for _ in range(300):
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)) as client:
+                client.sendall(b"hello\n")
+                assert client.makefile("rb").readline() == b"HELLO\n"
+                break
+            time.sleep(0.1)
+        server.terminate()
+        _, errors = server.communicate(timeout=30)
+    assert (server.returncode, errors) == (0, b"")
+
+
 def test_app() -> None:
-    """The app in the README runs as it stands (on a port that is free)."""
-    [app] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    """The app inside a nursery runs as it stands (on a port that is free)."""
     done = subprocess.run(
-        [sys.executable, "-c", app.replace("9190", "0")],
+        [sys.executable, "-c", APP.replace("9190", "0")],
         check=False,
         cwd=ROOT,
         capture_output=True,

@@ -14,12 +14,12 @@ import sys
 import termios
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import trioproto
 from trioproto.cli.main import main
 
 # Seconds after which a command hangs, even on a machine that has much else to do.
@@ -189,7 +189,26 @@ def much(tmp_path: Path) -> Path:
 def test_version() -> None:
     """``--version`` prints the program's name and version."""
     done = run("--version")
-    assert (done.returncode, done.stdout) == (0, f"trioproto {trioproto.__version__}\n".encode())
+    assert (done.returncode, done.stdout) == (0, f"trioproto {metadata.version('trioproto')}\n".encode())
+
+
+def test_version_unknown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the package is not installed, ``--version`` fails with what to do."""
+
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 1
+    assert "install the package" in capsys.readouterr().err
+
+
+def test_version_costs_no_start() -> None:
+    """Other commands do not import what looks up the version, which takes longer than much else of a start."""
+    program = "import sys, trioproto.cli.main; sys.exit('importlib.metadata' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=TIMEOUT, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("words", [[], ["echo"], ["op"], ["echo-client"], ["op-client"]])
@@ -289,6 +308,39 @@ def test_port_in_use() -> None:
     assert "choose another --host or --port" in line
 
 
+def test_unix_socket_in_use(tmp_path: Path) -> None:
+    """So does one whose UNIX socket is taken."""
+    path = tmp_path / "taken"
+    path.write_text("not a socket")
+    line = failure(run("echo", "--unix", str(path)))
+    assert line.startswith(f"trioproto: cannot listen on unix:{path}: ")
+    assert "choose another --unix path" in line
+
+
+def test_descriptor_that_is_no_socket() -> None:
+    """So does one that does not inherit what it is told that it does."""
+    line = failure(run("echo", "--fd", "99"))
+    assert line.startswith("trioproto: cannot listen on descriptor 99: Bad file descriptor; ")
+    assert "it must be a listening socket" in line
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_socket_and_host(workers: str, tmp_path: Path) -> None:
+    """A server with a UNIX socket listens on a host, too, only if it is told one; it prints a line for each address."""
+    path = tmp_path / "socket"
+    for options, expected in (([], 1), (["--host", "127.0.0.1", "--host", "127.0.0.2"], 3)):
+        words = command("op", "--unix", str(path), "--port", "0", "--workers", workers, *options)
+        with running(words) as server:
+            assert server.stdout is not None
+            lines = b""
+            while lines.count(b"\n") < expected:
+                lines += read_until(server.stdout.fileno(), b"\n")
+            server.terminate()
+            assert finish(server).returncode == 0
+        assert len(lines.splitlines()) == expected
+        assert lines.startswith(f"trioproto op listening on unix:{path}\n".encode())
+
+
 def test_server_nobody_listens_to() -> None:
     """A server that cannot say where it listens fails."""
     with closed_pipe() as stdout, running(command("echo", "--port", "0"), stdout=stdout) as server:
@@ -306,14 +358,14 @@ def test_tick() -> None:
 
 
 def test_verbose() -> None:
-    """``-v`` logs each connection with its number and its peer, and its end."""
+    """``-v`` logs each connection with its number, its peer and the server's address, and its end."""
     with serving("echo", "-v") as (server, port):
         assert server.stderr is not None
         for number in (1, 2):
             with socket.create_connection(("127.0.0.1", int(port)), TIMEOUT) as client:
                 peer = f"127.0.0.1:{client.getsockname()[1]}"
-                read_until(server.stderr.fileno(), f"connection {number} from {peer}\n".encode())
-            read_until(server.stderr.fileno(), f"connection {number} ended\n".encode())
+                read_until(server.stderr.fileno(), f"connection {number} from {peer} to 127.0.0.1:{port}\n".encode())
+            read_until(server.stderr.fileno(), f"connection {number} to 127.0.0.1:{port} ended\n".encode())
 
 
 def test_verbose_workers() -> None:
@@ -325,7 +377,7 @@ def test_verbose_workers() -> None:
         for process, number in ((server, port), (others, other_port)):
             assert process.stderr is not None
             assert run("op-client", "--port", number, "1", "2", "+").stdout == b"3\n"
-            read_until(process.stderr.fileno(), b"connection 1 ended\n")
+            read_until(process.stderr.fileno(), f"connection 1 to 127.0.0.1:{number} ended\n".encode())
 
 
 # Clients with arguments

@@ -133,4 +133,4 @@ def test_stop_does_not_wait_for_a_handshake(files: Path) -> None:
             _, log = server.communicate(timeout=TIMEOUT)
             assert silent.recv(1) == b""
     assert server.returncode == 0
-    assert "awaiting a TLS handshake, timed out" in log
+    assert f"to 127.0.0.1:{port}: timed out, awaiting a TLS handshake" in log

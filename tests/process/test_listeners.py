@@ -4,16 +4,26 @@
 
 import errno
 import os
+import re
 import socket
 import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
-from trioproto.process.listeners import activated_fds, inherited_listener, tcp_listeners, unix_listener
+from trioproto.process.listeners import (
+    ListenError,
+    activated_fds,
+    close_listeners,
+    inherited_listener,
+    open_listeners,
+    tcp_listeners,
+    unix_listener,
+)
 
 LIMIT = 20  # seconds, for a test that would otherwise hang
 NOT_ACCEPTED = 0.3  # seconds: less than it takes until a lost attempt to connect is repeated
@@ -299,6 +309,91 @@ async def test_inherited_not_listening(kind: socket.SocketKind) -> None:
         with pytest.raises(ValueError, match="SocketListener requires"):
             inherited_listener(other.fileno())
         assert other.getsockname()
+
+
+# All of them together.
+
+
+async def test_all(path: Path) -> None:
+    """Each kind may be given beside the others; when the block ends, they are open, and the caller's to close."""
+    with socket.create_server(("127.0.0.1", 0)) as parents:
+        address = parents.getsockname()
+        fd = os.dup(parents.fileno())
+        async with open_listeners(0, host=["127.0.0.1", "127.0.0.2"], unix=str(path), fds=[fd]) as listeners:
+            names = [listener.socket.getsockname() for listener in listeners]
+            assert names[:2] == [address, str(path)]
+            assert [host for host, _ in names[2:]] == ["127.0.0.1", "127.0.0.2"]
+        assert not path.exists()
+        assert all(listener.socket.fileno() != -1 for listener in listeners)
+        close_listeners(listeners)
+        close_listeners(listeners)  # does not mind
+        assert all(listener.socket.fileno() == -1 for listener in listeners)
+
+
+async def test_no_port(path: Path) -> None:
+    """Without a port, no host is listened on."""
+    async with open_listeners(None, host="127.0.0.1", unix=str(path)) as [listener]:
+        assert listener.socket.family == socket.AF_UNIX
+    close_listeners([listener])
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "number", "text"),
+    [
+        ({"host": "192.0.2.1"}, "tcp", errno.EADDRNOTAVAIL, r"192\.0\.2\.1:0: Cannot assign requested address"),
+        ({"host": "a" * 64}, "tcp", None, "a{64}:0: .*label.* too long"),
+        ({"unix": "missing/socket"}, "unix", errno.ENOENT, "unix:missing/socket: No such file or directory"),
+        ({"unix": "x" * 200}, "unix", None, "unix:x+: AF_UNIX path too long"),
+        ({"unix": "zero\0"}, "unix", None, r"unix:zero\\x00: embedded null byte"),
+        ({"fds": [9999]}, "fd", errno.EBADF, "descriptor 9999: Bad file descriptor"),
+        ({"fds": ["not listening"]}, "fd", None, "descriptor [0-9]+: SocketListener requires .*"),
+    ],
+    ids=str,
+)
+async def test_listen_error(settings: dict[str, Any], kind: str, number: int | None, text: str, path: Path) -> None:
+    """Whatever cannot be listened on, the error is an `OSError` that names it, and the others are closed."""
+    with socket.create_server(("127.0.0.1", 0)) as parents, socket.socket() as not_listening:
+        inherited = os.dup(parents.fileno())
+        fds = [not_listening.fileno() if fd == "not listening" else fd for fd in settings.get("fds", [])]
+        given: dict[str, Any] = {
+            "port": 0,
+            "host": "127.0.0.1",
+            "unix": str(path),
+            **settings,
+            "fds": [inherited, *fds],
+        }
+        with pytest.raises(ListenError) as caught:
+            await open_listeners(**given).__aenter__()
+        assert (caught.value.kind, caught.value.errno) == (kind, number)
+        assert re.fullmatch(f"cannot listen on {text}", str(caught.value))
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(inherited)
+        assert not path.exists()
+
+
+async def test_cancellation(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On cancellation, while a name is looked up for example, those that are open are closed."""
+
+    async def look_up(*_: object, **__: object) -> None:
+        assert path.exists()
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(trio, "open_tcp_listeners", look_up)
+    with trio.move_on_after(0.1) as scope:
+        await open_listeners(0, host="slow.invalid", unix=str(path)).__aenter__()
+    assert scope.cancelled_caught
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("port", "settings"),
+    [(None, {}), (0, {"host": []}), (-1, {}), (65536, {})],
+    ids=["nothing", "no host", "-1", "65536"],
+)
+async def test_nothing_to_listen_on(port: int | None, settings: dict[str, Any]) -> None:
+    """No address at all, or a port that is none, is a `ValueError`."""
+    with pytest.raises(ValueError, match=r"there must be a port|port must be from 0 to 65535"):
+        await open_listeners(port, **{"host": "127.0.0.1"} | settings).__aenter__()
 
 
 # Socket activation, sd_listen_fds(3).

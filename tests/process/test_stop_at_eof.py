@@ -32,7 +32,10 @@ def test_end_of_standard_input() -> None:
         server.stdin.write("not the end")
         server.stdin.flush()
         assert server.poll() is None
-        _, log = server.communicate(timeout=TIMEOUT)
+        try:
+            _, log = server.communicate(timeout=TIMEOUT)
+        finally:
+            server.kill()
     assert server.returncode == 0
     assert "accepted 0, active 0, crashed 0" in log
 

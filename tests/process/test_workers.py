@@ -6,15 +6,24 @@ import itertools
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
+from processes import is_refused
 
-from trioproto.process.workers import FIRST_WAIT, LONGEST_WAIT, SHORT_LIFE, supervise_workers
+from trioproto.process.listeners import ListenError
+from trioproto.process.workers import (
+    FIRST_WAIT,
+    LONGEST_WAIT,
+    SHORT_LIFE,
+    supervise_until_signal,
+    supervise_workers,
+)
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and descriptors of POSIX")
 
@@ -223,6 +232,129 @@ async def test_process_group() -> None:
         pid = await workers.pid()
         assert os.getpgid(pid) == pid
         shutdown.set()
+
+
+# Until a signal.
+
+
+class Supervised:
+    """Workers that are supervised until a signal comes: what is announced, and what they report to a file.
+
+    Each writes its process ID to the file, and then does ``action``.
+    """
+
+    def __init__(self, directory: Path, action: str) -> None:
+        self._file = directory / "pids"
+        self._file.touch()
+        self._action = action
+        self.addresses: list[str] = []
+        self.fds: list[int] = []
+        self.ended = trio.Event()
+
+    async def run(self, count: int, **settings: Any) -> None:
+        """Supervise ``count`` of them."""
+        try:
+            await supervise_until_signal(self._command, count, 0, announce=self.addresses.append, **settings)
+        finally:
+            self.ended.set()
+
+    def _command(self, fds: Sequence[int]) -> list[str]:
+        self.fds = list(fds)
+        return ["sh", "-c", f"echo $$ >>{self._file}; {self._action}"]
+
+    async def pids(self, count: int) -> list[int]:
+        """Wait until ``count`` workers have begun."""
+        while len(pids := self._file.read_text().split()) < count:  # noqa: ASYNC110 - nobody tells of a new process
+            await trio.sleep(0.01)
+        return [int(pid) for pid in pids]
+
+    def send_signal(self) -> None:
+        """Send their supervisor SIGTERM."""
+        assert not self.ended.is_set()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def check_gone(self, pids: Sequence[int]) -> None:
+        """Check that nothing is left of the workers, and that nobody listens any more."""
+        assert not any(map(is_running, pids))
+        assert self.addresses
+        assert all(map(is_refused, self.addresses))
+
+
+async def test_signal(tmp_path: Path) -> None:
+    """A signal stops each worker with SIGTERM; the listeners that they inherit are closed in the end."""
+    stopped = tmp_path / "stopped"
+    workers = Supervised(tmp_path, f"trap 'echo >>{stopped}; exit' TERM; {SERVING}; {FOREVER}")
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(functools.partial(workers.run, 2, host=["127.0.0.1", "127.0.0.2"]))
+            pids = await workers.pids(2)
+            for fd, address, host in zip(workers.fds, workers.addresses, ("127.0.0.1", "127.0.0.2"), strict=True):
+                with socket.socket(fileno=os.dup(fd)) as listening:
+                    assert "{}:{}".format(*listening.getsockname()) == address
+                    assert address.startswith(host)
+            workers.send_signal()
+    workers.check_gone(pids)
+    assert stopped.read_text() == "\n\n"
+
+
+async def test_signal_and_workers_that_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that has not stopped some time after its grace period is killed."""
+    monkeypatch.setattr("trioproto.process.workers.STOP_SECONDS", 0.1)
+    workers = Supervised(tmp_path, f"trap '' TERM; {SERVING}; {FOREVER}")
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(functools.partial(workers.run, 2, grace_period=0.5))
+            pids = await workers.pids(2)
+            told = trio.current_time()
+            workers.send_signal()
+    assert trio.current_time() - told >= 0.6
+    workers.check_gone(pids)
+
+
+async def test_second_signal(tmp_path: Path) -> None:
+    """A second signal kills the workers."""
+    workers = Supervised(tmp_path, f"trap 'echo $$ >>{tmp_path}/pids' TERM; {SERVING}; {FOREVER}")
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(functools.partial(workers.run, 2, grace_period=10 * LIMIT))
+            await workers.pids(2)
+            workers.send_signal()
+            pids = await workers.pids(4)  # each has been told to stop
+            workers.send_signal()
+    workers.check_gone(pids)
+
+
+async def test_cancellation_until_a_signal(tmp_path: Path) -> None:
+    """On cancellation, the workers are killed and the listeners closed."""
+    workers = Supervised(tmp_path, f"{SERVING}; exec sleep 60")
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(workers.run, 2)
+            pids = await workers.pids(2)
+            nursery.cancel_scope.cancel()
+    workers.check_gone(pids)
+
+
+async def test_nowhere_to_listen(tmp_path: Path) -> None:
+    """If the listeners cannot be opened, no worker is started."""
+    workers = Supervised(tmp_path, SERVING)
+    with pytest.raises(ListenError, match=r"cannot listen on 192\.0\.2\.1:0: "):  # an address that nobody has, RFC 5737
+        await workers.run(2, host="192.0.2.1")
+    assert await workers.pids(0) == []
+
+
+async def test_standard_input_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``stop_at_eof``, the end of standard input stops the workers."""
+    reading, writing = os.pipe()
+    monkeypatch.setattr("trioproto.process.service._STDIN", reading)
+    workers = Supervised(tmp_path, f"{SERVING}; exec sleep 60")
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(functools.partial(workers.run, 1, stop_at_eof=True))
+            pids = await workers.pids(1)
+            os.close(writing)
+    workers.check_gone(pids)
+    os.close(reading)
 
 
 # When a worker is replaced, on a clock that stands still while one runs, and jumps ahead while none does.

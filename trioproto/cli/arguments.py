@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 
 PORTS = {"echo": 9190, "op": 9191}
-HOST = "127.0.0.1"
 
 
 class CommandError(Exception):

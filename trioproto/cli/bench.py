@@ -11,8 +11,9 @@ from pathlib import Path
 import trio
 
 from trioproto.bench.load import Load, local_server, measure
-from trioproto.cli.arguments import HOST, PORTS, CommandError, port, positive, seconds, whole
+from trioproto.cli.arguments import PORTS, CommandError, port, positive, seconds, whole
 from trioproto.op import MAX_OPERANDS
+from trioproto.process.service import HOST
 
 _MAX_CONNECTIONS = 10_000
 _MAX_DEPTH = 65_536

@@ -9,23 +9,23 @@ import signal
 import ssl
 import sys
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import trio
 
-from trioproto import __version__
 from trioproto.addresses import failure_reason, format_address
 from trioproto.bench.load import BenchError
-from trioproto.cli.arguments import HOST, PORTS, CommandError, count, descriptor, port, seconds
+from trioproto.cli.arguments import PORTS, CommandError, count, descriptor, port, seconds
 from trioproto.cli.bench import add_bench
 from trioproto.cli.clients import echo_dialogue, echo_messages, echo_pipe, op_answer, op_dialogue
 from trioproto.connection import IDLE_TIMEOUT, REQUEST_TIMEOUT
 from trioproto.echo import echo_handler
 from trioproto.op import Request, op_handler
-from trioproto.process.listeners import activated_fds, inherited_listener, tcp_listeners, unix_listener
-from trioproto.process.service import serve_until_signal
+from trioproto.process.listeners import ListenError, activated_fds
+from trioproto.process.service import GRACE_PERIOD, HOST, MAX_CONNECTIONS, serve_until_signal
 from trioproto.process.tls import client_context, server_context
-from trioproto.process.workers import supervise_workers
-from trioproto.server import ServerStats, serve_listeners
+from trioproto.process.workers import supervise_until_signal
+from trioproto.server import ServerStats
 
 _log = logging.getLogger("trioproto")
 
@@ -64,48 +64,37 @@ async def _serve(args: argparse.Namespace) -> None:
     level = logging.DEBUG if args.verbose else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     context = _server_context(args)
-    handler = functools.partial(
-        _HANDLERS[args.protocol], idle_timeout=args.idle_timeout, request_timeout=args.request_timeout
-    )
-    async with contextlib.AsyncExitStack() as accepting:
-        listeners = await _listeners(args, accepting)
-
-        endpoints: list[trio.abc.Listener[trio.abc.Stream]] = list(listeners)
-        if context is not None:
-            endpoints = [trio.SSLListener(listener, context) for listener in listeners]
-
-        async def serve(shutdown: trio.Event) -> None:
-            stats = await serve_listeners(
-                handler,
-                endpoints,
-                tick=args.tick,
-                on_tick=_log_stats if args.tick else None,
-                max_connections=args.max_connections,
-                shutdown=shutdown,
-                grace_period=args.grace,
-            )
-            await _log_stats(stats)
-
-        async def supervise(shutdown: trio.Event) -> None:
-            fds = [listener.socket.fileno() for listener in listeners]
-            try:
-                await supervise_workers(
-                    _worker_command(args, fds),
-                    args.workers,
-                    listening_fds=fds,
-                    shutdown=shutdown,
-                    patience=args.grace + _WORKER_STOP_SECONDS,
-                )
-            finally:
-                for listener in listeners:
-                    await trio.aclose_forcefully(listener)
-
-        await serve_until_signal(
-            serve if args.workers == 1 else supervise,
-            accepting,
-            announce=functools.partial(_print_addresses, args.protocol, listeners),
-            stop_at_eof=args.stop_at_eof,
+    fds = [*activated_fds(), *args.fd]
+    # The default host is listened on only if there is nothing else to listen on.
+    tcp_port = args.port if args.host or (args.unix is None and not fds) else None
+    service: dict[str, Any] = {
+        "host": args.host or HOST,
+        "unix": args.unix,
+        "fds": fds,
+        "grace_period": args.grace,
+        "stop_at_eof": args.stop_at_eof,
+        "announce": functools.partial(_print_address, args.protocol),
+    }
+    try:
+        if args.workers > 1:
+            command = functools.partial(_worker_command, args)
+            await supervise_until_signal(command, args.workers, tcp_port, **service)
+            return
+        stats = await serve_until_signal(
+            functools.partial(
+                _HANDLERS[args.protocol], idle_timeout=args.idle_timeout, request_timeout=args.request_timeout
+            ),
+            tcp_port,
+            ssl_context=context,
+            max_connections=args.max_connections,
+            tick=args.tick,
+            on_tick=_log_stats if args.tick else None,
+            **service,
         )
+    except ListenError as error:
+        raise CommandError(f"{error}; {_LISTEN_ADVICE[error.kind]}") from None
+    if stats is not None:
+        await _log_stats(stats)
 
 
 def _server_context(args: argparse.Namespace) -> ssl.SSLContext | None:
@@ -117,30 +106,9 @@ def _server_context(args: argparse.Namespace) -> ssl.SSLContext | None:
         raise CommandError(_TLS_ADVICE.format(failure_reason(error))) from None
 
 
-async def _listeners(args: argparse.Namespace, accepting: contextlib.AsyncExitStack) -> list[trio.SocketListener]:
-    """Open all listeners that ``args`` ask for; `accepting` is left when no new connections may come in any more."""
-    listeners = []
-    where = advice = ""
+def _print_address(protocol: str, address: str) -> None:
     try:
-        for fd in [*activated_fds(), *args.fd]:
-            where, advice = f"descriptor {fd}", "it must be a listening socket that this process inherits"
-            listeners.append(inherited_listener(fd))
-        if args.unix is not None:
-            where, advice = format_address(args.unix), "choose another --unix path, or stop what listens there"
-            listeners.append(accepting.enter_context(unix_listener(args.unix)))
-        advice = "choose another --host or --port, or stop what listens there"
-        for host in args.host or ([] if listeners else [HOST]):
-            where = format_address((host, args.port))
-            listeners += await accepting.enter_async_context(tcp_listeners(host, args.port))
-    except (OSError, ValueError) as error:  # the latter for a host that cannot be a name, and no listening socket
-        raise CommandError(f"cannot listen on {where}: {failure_reason(error)}; {advice}") from None
-    return listeners
-
-
-def _print_addresses(protocol: str, listeners: Sequence[trio.SocketListener]) -> None:
-    addresses = [format_address(listener.socket.getsockname()) for listener in listeners]
-    try:
-        print(*(f"trioproto {protocol} listening on {address}" for address in addresses), sep="\n", flush=True)
+        print(f"trioproto {protocol} listening on {address}", flush=True)
     except OSError as error:
         raise CommandError(f"cannot write to standard output: {error.strerror}") from None
 
@@ -229,8 +197,11 @@ async def _connected(args: argparse.Namespace) -> AsyncIterator[trio.abc.Stream]
             raise CommandError(f"standard input or output failed: {failure_reason(group)}") from None
 
 
-# What a worker may take to stop beyond the grace period, before it is taken to hang.
-_WORKER_STOP_SECONDS = 10.0
+_LISTEN_ADVICE = {
+    "tcp": "choose another --host or --port, or stop what listens there",
+    "unix": "choose another --unix path, or stop what listens there",
+    "fd": "it must be a listening socket that this process inherits",
+}
 _TLS_ADVICE = (
     "cannot use the TLS files: {}; they must be PEM files that this user may read, the key that of the certificate"
 )
@@ -241,6 +212,25 @@ def _integer(text: str) -> int:
         return int(text)
     except ValueError:
         raise ValueError(f"operand {text!r} is not an integer") from None
+
+
+class _VersionAction(argparse.Action):
+    """Prints the version. It is looked up only then: importing what finds it would slow down every start by 30 ms."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,  # noqa: ARG002 - the interface's
+        values: object,  # noqa: ARG002
+        option_string: str | None = None,  # noqa: ARG002
+    ) -> None:
+        from importlib import metadata  # noqa: PLC0415
+
+        try:
+            print(f"trioproto {metadata.version('trioproto')}")
+        except metadata.PackageNotFoundError:
+            parser.exit(1, "trioproto: the version is unknown; install the package: pip install .\n")
+        parser.exit()
 
 
 class _RequestAction(argparse.Action):
@@ -274,7 +264,7 @@ def _parser() -> argparse.ArgumentParser:
         "'trioproto COMMAND --help' shows a command's options, and examples.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"trioproto {__version__}")
+    parser.add_argument("--version", action=_VersionAction, nargs=0, help="show the program's version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for protocol, help_ in (
         ("echo", "serve echo: send back every byte"),
@@ -376,7 +366,7 @@ def _add_server_options(command: argparse.ArgumentParser, protocol: str) -> None
     limits.add_argument(
         "--max-connections",
         type=count,
-        default=1000,
+        default=MAX_CONNECTIONS,
         metavar="N",
         help="how many are served at once; more wait in the kernel's queue (default: %(default)s)",
     )
@@ -397,7 +387,7 @@ def _add_server_options(command: argparse.ArgumentParser, protocol: str) -> None
     limits.add_argument(
         "--grace",
         type=seconds,
-        default=10.0,
+        default=GRACE_PERIOD,
         metavar="SECONDS",
         help="after SIGTERM or SIGINT, for requests that are under way (default: %(default)s)",
     )

@@ -8,13 +8,18 @@ import socket
 import stat
 import struct
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import trio
 
+from trioproto.addresses import failure_reason, format_address
+
 # The first inherited descriptor, by systemd's convention (sd_listen_fds(3)).
 _LISTEN_FDS_START = 3
+
+_MAX_PORT = 0xFFFF
 
 _SO_ATTACH_FILTER = 26  # asm-generic/socket.h; the socket module does not name it
 
@@ -26,6 +31,84 @@ _DROP_SYN = [
     (0x06, 0, 0, 0),  # then let 0 bytes pass
     (0x06, 0, 0, 0xFFFFFFFF),  # otherwise all
 ]
+
+
+Kind = Literal["tcp", "unix", "fd"]
+
+
+class ListenError(OSError):
+    """A server cannot listen somewhere. The text says where, and why: ``cannot listen on 127.0.0.1:9000: ...``.
+
+    Attributes:
+        kind: what it would have listened on: ``tcp``, a ``unix`` socket, or an inherited descriptor, ``fd``.
+        errno: as the system reported it; None for what is no name or path at all, or no listening socket.
+    """
+
+    def __init__(self, kind: Kind, where: str, cause: Exception) -> None:
+        super().__init__(getattr(cause, "errno", None), f"cannot listen on {where}: {failure_reason(cause)}")
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+@contextlib.contextmanager
+def _listening_on(kind: Kind, where: str) -> Iterator[None]:
+    try:
+        yield
+    # The latter for a host that cannot be a name, a path with a zero byte, and what is no listening socket.
+    except (OSError, ValueError) as error:
+        raise ListenError(kind, where, error) from error
+
+
+@contextlib.asynccontextmanager
+async def open_listeners(
+    port: int | None, *, host: str | Sequence[str], unix: str | None = None, fds: Sequence[int] = ()
+) -> AsyncIterator[list[trio.SocketListener]]:
+    """Listen on everything that is given. When the block ends, no new connections can come in.
+
+    The listeners stay open then, for the connections that are queued, and the caller closes them. Sockets that were
+    inherited may have other servers, and go on to let connections in.
+
+    Args:
+        port: 0 to 65535; 0 lets the kernel pick one for each address. None: ``host`` is not listened on.
+        host: the name or address to listen on, or several of them.
+        unix: the path of a UNIX socket; see `unix_listener`.
+        fds: inherited descriptors; see `inherited_listener`.
+
+    Raises:
+        ListenError: if it cannot listen on one of them.
+        ValueError: if there is none, or the port is out of its range.
+
+    On an error, and on cancellation, what was opened before is closed, inherited sockets included.
+    """
+    addresses = [] if port is None else [(name, port) for name in ([host] if isinstance(host, str) else host)]
+    if port is not None and not 0 <= port <= _MAX_PORT:  # the system would take it modulo 65536
+        raise ValueError(f"port must be from 0 to {_MAX_PORT}, not {port}")
+    if not (addresses or unix is not None or fds):
+        raise ValueError("there must be a port and a host, a UNIX socket, or a descriptor to listen on")
+    listeners: list[trio.SocketListener] = []
+    async with contextlib.AsyncExitStack() as accepting:
+        try:
+            for fd in fds:
+                with _listening_on("fd", f"descriptor {fd}"):
+                    listeners.append(inherited_listener(fd))
+            if unix is not None:
+                with _listening_on("unix", format_address(unix)):
+                    listeners.append(accepting.enter_context(unix_listener(unix)))
+            for address in addresses:
+                with _listening_on("tcp", format_address(address)):
+                    listeners += await accepting.enter_async_context(tcp_listeners(*address))
+        except BaseException:
+            close_listeners(listeners)
+            raise
+        yield listeners
+
+
+def close_listeners(listeners: Sequence[trio.SocketListener]) -> None:
+    """Close all of them at once, whether or not one is closed already. Not a checkpoint."""
+    for listener in listeners:
+        listener.socket.close()
 
 
 @contextlib.asynccontextmanager

@@ -1,11 +1,31 @@
-"""A server as a process: serving until a signal comes, then stopping without loss."""
+"""A server as a process: it serves until a signal comes, and then stops without losing a request.
+
+`serve_until_signal` is for a server in one process. `trioproto.process.workers.supervise_until_signal` does the same
+for several. `run_until_signal` is what both have in common: listeners, signals, and the order of things in a stop.
+"""
 
 import contextlib
+import functools
+import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 import trio
+
+from trioproto.addresses import format_address
+from trioproto.process.listeners import close_listeners, open_listeners
+from trioproto.server import OnTick, ServerStats, check_settings, serve_listeners
+
+_log = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
+
+HOST = "127.0.0.1"
+MAX_CONNECTIONS = 1000
+GRACE_PERIOD = 10.0
 
 # From when no new connections can begin until the accept queues are emptied: time for handshakes that had begun.
 HANDSHAKE_SECONDS = 0.1
@@ -14,48 +34,144 @@ _STDIN = 0
 
 
 async def serve_until_signal(
-    serve: Callable[[trio.Event], Awaitable[object]],
-    accepting: contextlib.AsyncExitStack,
-    announce: Callable[[], object],
+    handler: Callable[[Any], Awaitable[object]],
+    port: int | None,
     *,
+    host: str | Sequence[str] = HOST,
+    unix: str | None = None,
+    fds: Sequence[int] = (),
+    ssl_context: ssl.SSLContext | None = None,
+    max_connections: int | None = MAX_CONNECTIONS,
+    grace_period: float = GRACE_PERIOD,
+    tick: float | None = None,
+    on_tick: OnTick | None = None,
     stop_at_eof: bool = False,
-) -> None:
-    """Run ``serve(shutdown)`` until SIGINT or SIGTERM comes, then stop gracefully; at once, if another one comes.
+    announce: Callable[[str], object] | None = None,
+) -> ServerStats | None:
+    """Serve until SIGTERM or SIGINT comes, then stop gracefully.
+
+    This can be all that a program does::
+
+        trio.run(serve_until_signal, handler, 9000)
+
+    At the first signal, no new connections are let in. Those that wait in the accept queue are still served, requests
+    that are under way are finished, idle connections are ended, and whatever is left after ``grace_period`` seconds is
+    cancelled. A second signal cancels everything at once. Only one call at a time may run in a process, because a
+    signal reaches only one of them.
 
     Args:
-        serve: serves until the event that it is given is set, and then for as long as its stop takes.
-        accepting: what lets new connections in. Closed when the stop begins.
-        announce: says where the service is to be had; called when it is, and signals are waited for.
-        stop_at_eof: whether to stop, too, when standard input ends.
+        handler: an async function that serves one connection, as for `trioproto.serve_listeners`.
+        port: the TCP port, 0 to 65535; 0 lets the kernel pick one for each address. None: no TCP, only ``unix`` and
+            ``fds``.
+        host: the name or address to listen on, or several of them; all addresses that a name stands for.
+        unix: the path of a UNIX socket to listen on as well. Only this user may connect to it. A file that a dead
+            server left is replaced, and the file is removed when the stop begins.
+        fds: descriptors of listening sockets that this process inherited, to serve as well. They are closed in the
+            end. For those that systemd passes, call `trioproto.process.listeners.activated_fds`.
+        ssl_context: for TLS on all of them. None: plain connections.
+        max_connections: how many connections are served at once, 1 or more; more wait in the kernel's queue. None: as
+            many as come.
+        grace_period: seconds, 0 or more, that a stop waits for requests under way.
+        tick: seconds, above 0, between two calls of ``on_tick``; see `trioproto.serve_listeners`.
+        on_tick: awaited with the current `ServerStats` on each tick.
+        stop_at_eof: whether the end of standard input stops the server like a first signal.
+        announce: called with each listener's address, such as ``127.0.0.1:9000`` or ``unix:PATH``, once all of them
+            listen and a signal would stop the server gracefully. None: each address is logged, at level INFO.
 
-    On cancellation, ``serve`` is cancelled.
+    Returns:
+        The last `ServerStats`, or None if a second signal cancelled the server.
+
+    Raises:
+        trioproto.process.listeners.ListenError: an `OSError` whose text says where it cannot listen, and why.
+        ValueError: for a setting out of its range, or if there is nothing to listen on.
+        RuntimeError: outside Python's main thread, which alone receives signals (`trio.open_signal_receiver`).
+        ExceptionGroup: with what `trioproto.serve_listeners` raises later on.
+
+    On cancellation, every connection is cancelled, every listener closed, and the UNIX socket's file removed. That is
+    also done before any of the above is raised.
     """
+    check_settings(tick, on_tick, max_connections, grace_period)  # before anything is open
+
+    async def serve(listeners: list[trio.SocketListener], shutdown: trio.Event) -> ServerStats:
+        endpoints: list[trio.abc.Listener[trio.abc.Stream]] = list(listeners)
+        if ssl_context is not None:
+            endpoints = [trio.SSLListener(listener, ssl_context) for listener in listeners]
+        return await serve_listeners(
+            handler,
+            endpoints,
+            tick=tick,
+            on_tick=on_tick,
+            max_connections=max_connections,
+            shutdown=shutdown,
+            grace_period=grace_period,
+        )
+
+    listening = open_listeners(port, host=host, unix=unix, fds=fds)
+    return await run_until_signal(serve, listening, stop_at_eof=stop_at_eof, announce=announce)
+
+
+async def run_until_signal(
+    serve: Callable[[list[trio.SocketListener], trio.Event], Awaitable[ResultT]],
+    listening: contextlib.AbstractAsyncContextManager[list[trio.SocketListener]],
+    *,
+    stop_at_eof: bool = False,
+    announce: Callable[[str], object] | None = None,
+) -> ResultT | None:
+    """Run ``serve(listeners, shutdown)`` until it returns: when SIGINT or SIGTERM comes, it is told to stop.
+
+    Args:
+        serve: serves on the listeners until the event is set, and then for as long as its stop takes.
+        listening: gives the listeners. It is left when the stop begins, and then lets in no new connections;
+            `HANDSHAKE_SECONDS` later, those whose handshakes had begun are queued, and the event is set.
+        stop_at_eof: whether the end of standard input stops it, too.
+        announce: called with each listener's address before ``serve``, when signals are already waited for. None: the
+            addresses are logged.
+
+    Returns:
+        What ``serve`` returns, or None if a second signal cancelled it.
+
+    Raises:
+        RuntimeError: outside the main thread.
+        ExceptionGroup: with what ``serve`` raises. What ``listening`` and ``announce`` raise comes as it is.
+
+    On cancellation, ``serve`` is cancelled. In the end, however that comes about, ``listening`` is left and every
+    listener closed.
+    """
+    if announce is None:
+        announce = functools.partial(_log.info, "listening on %s")
+    result: ResultT | None = None
     stopping = trio.Event()
     shutdown = trio.Event()
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async with trio.open_nursery() as nursery:
+    async with contextlib.AsyncExitStack() as accepting:
+        listeners = await accepting.enter_async_context(listening)
+        with contextlib.ExitStack() as closing:
+            closing.callback(close_listeners, listeners)
+            signals = closing.enter_context(trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM))
+            for listener in listeners:
+                announce(format_address(listener.socket.getsockname()))
+            async with trio.open_nursery() as nursery:
 
-            async def heed_signals(signals: AsyncIterator[int]) -> None:
-                await anext(signals)
-                stopping.set()
-                await anext(signals)
+                async def heed_signals() -> None:
+                    await anext(signals)
+                    stopping.set()
+                    await anext(signals)
+                    nursery.cancel_scope.cancel()
+
+                async def heed_stdin() -> None:
+                    while await trio.to_thread.run_sync(os.read, _STDIN, 1024, abandon_on_cancel=True):
+                        pass
+                    stopping.set()
+
+                async def stop() -> None:
+                    await stopping.wait()
+                    await accepting.aclose()
+                    await trio.sleep(HANDSHAKE_SECONDS)
+                    shutdown.set()
+
+                nursery.start_soon(heed_signals)
+                if stop_at_eof:
+                    nursery.start_soon(heed_stdin)
+                nursery.start_soon(stop)
+                result = await serve(listeners, shutdown)
                 nursery.cancel_scope.cancel()
-
-            async def heed_stdin() -> None:
-                while await trio.to_thread.run_sync(os.read, _STDIN, 1024, abandon_on_cancel=True):
-                    pass
-                stopping.set()
-
-            async def stop() -> None:
-                await stopping.wait()
-                await accepting.aclose()
-                await trio.sleep(HANDSHAKE_SECONDS)
-                shutdown.set()
-
-            nursery.start_soon(heed_signals, signals)
-            if stop_at_eof:
-                nursery.start_soon(heed_stdin)
-            nursery.start_soon(stop)
-            announce()
-            await serve(shutdown)
-            nursery.cancel_scope.cancel()
+    return result

@@ -4,9 +4,12 @@ import logging
 import math
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
+
+from trioproto.process.listeners import open_listeners
+from trioproto.process.service import GRACE_PERIOD, HOST, run_until_signal
 
 _log = logging.getLogger(__name__)
 
@@ -14,6 +17,60 @@ _log = logging.getLogger(__name__)
 SHORT_LIFE = 1.0
 FIRST_WAIT = 0.1
 LONGEST_WAIT = 30.0
+
+# What a worker may take to stop beyond its grace period, before it is taken to hang.
+STOP_SECONDS = 10.0
+
+
+async def supervise_until_signal(
+    command: Callable[[Sequence[int]], Sequence[str]],
+    count: int,
+    port: int | None,
+    *,
+    host: str | Sequence[str] = HOST,
+    unix: str | None = None,
+    fds: Sequence[int] = (),
+    grace_period: float = GRACE_PERIOD,
+    stop_at_eof: bool = False,
+    announce: Callable[[str], object] | None = None,
+) -> None:
+    """Have ``count`` worker processes serve until SIGTERM or SIGINT comes, then stop them gracefully.
+
+    This is `trioproto.serve_until_signal` for several processes: it opens the listeners, which the workers inherit,
+    and supervises the workers instead of serving. At the first signal, no new connections are let in, and each worker
+    is sent SIGTERM. A second signal kills them.
+
+    Args:
+        command: called with the descriptors of the listeners, returns a worker's command line; see
+            `supervise_workers` for what a worker must do.
+        count: how many workers, 1 or more.
+        port: as for `trioproto.serve_until_signal`, like what is not mentioned here.
+        host: see there.
+        unix: see there.
+        fds: see there.
+        grace_period: seconds, 0 or more, that a worker's own stop waits for requests under way. One that has not
+            ended `STOP_SECONDS` after that is killed.
+        stop_at_eof: see there.
+        announce: see there. Called before the first worker is started; connections wait in the accept queue until then.
+
+    Raises:
+        trioproto.process.listeners.ListenError: if it cannot listen there.
+        ValueError: if there is nothing to listen on, or the port is out of its range.
+        RuntimeError: outside Python's main thread.
+        ExceptionGroup: with an `OSError`, if ``command`` cannot be started at all.
+
+    On cancellation, the workers are killed and waited for, and every listener is closed.
+    """
+
+    async def supervise(listeners: list[trio.SocketListener], shutdown: trio.Event) -> None:
+        inherited = [listener.socket.fileno() for listener in listeners]
+        patience = grace_period + STOP_SECONDS
+        await supervise_workers(
+            command(inherited), count, listening_fds=inherited, shutdown=shutdown, patience=patience
+        )
+
+    listening = open_listeners(port, host=host, unix=unix, fds=fds)
+    await run_until_signal(supervise, listening, stop_at_eof=stop_at_eof, announce=announce)
 
 
 async def supervise_workers(
