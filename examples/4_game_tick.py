@@ -3,12 +3,13 @@
 This is what a timeout on ``accept()`` is for. The game: players stand on a field, and send ``<``, ``>``, ``^`` or ``v``
 to move. At each tick everybody moves, by one step at most, and is sent the world: the whole field, as text.
 
-Run it; two players and a crowd play by themselves for 3 seconds::
+Run it; two players and a crowd play by themselves for 3 seconds, then the server stops::
 
     python examples/4_game_tick.py
 
 Look at the columns "due" and "came": nothing delays a tick, neither a crowd that connects at once nor player B, who
 receives nothing for a while. Then look at what B was sent after that: not the worlds of the past, but the newest one.
+At the end, look at what the stop is to A: the last world, whole, then a farewell and end of stream.
 
 Or play yourself, in two or more terminals, against a server in another one (Ctrl-C ends each)::
 
@@ -19,6 +20,7 @@ Or play yourself, in two or more terminals, against a server in another one (Ctr
 import functools
 import itertools
 import re
+import signal
 import socket
 import string
 import sys
@@ -26,15 +28,18 @@ import sys
 import attrs
 import trio
 
-from trioproto import ServerStats, serve_listeners
+from trioproto import Connection, ServerStats, serve_listeners
 
 TICK = 0.125  # seconds; a float holds all its multiples exactly
 WIDTH, HEIGHT = 60, 8
 STEPS = {"<": (-1, 0), ">": (1, 0), "^": (0, -1), "v": (0, 1)}
 MAX_PLAYERS = 26  # one for each letter
 
-# A player who takes nothing of a world for so many seconds is let go.
+# A player who takes nothing of a world for so many seconds is let go, also when the server stops.
 PATIENCE = 10.0
+
+# How many bytes may wait for one player. A world has about 500, and no more than one world ever waits.
+MAX_UNSENT = 4096
 
 # What waits in the kernel's buffers is old when it arrives, so a game asks for small ones, in bytes. Linux gives two to
 # four times as many, and needs much of that for itself.
@@ -45,12 +50,13 @@ CLEAR = "\x1b[2J\x1b[H"  # a terminal's screen; the next world is drawn over the
 
 @attrs.define
 class Player:
-    """Where a player stands, the step to take at the next tick, and the tick whose world is being sent."""
+    """Where a player stands, the step to take at the next tick, and the tick whose world was sent last."""
 
-    x: int
-    y: int
+    connection: Connection
+    x: int = WIDTH // 2
+    y: int = HEIGHT // 2
     step: tuple[int, int] = (0, 0)
-    sending: int | None = None
+    sent: int = 0
 
 
 class World:
@@ -59,23 +65,26 @@ class World:
     def __init__(self) -> None:
         self.players: dict[str, Player] = {}
         self.number = 0
-        self.ticked = trio.Event()
 
-    def enter(self) -> str:
+    def enter(self, connection: Connection) -> str:
         """Put a new player on the field, and return the player's letter."""
         letter = next(letter for letter in string.ascii_uppercase if letter not in self.players)
-        self.players[letter] = Player(WIDTH // 2, HEIGHT // 2)
+        self.players[letter] = Player(connection)
         return letter
 
     async def tick(self, stats: ServerStats) -> None:
-        """Move everybody, and wake all who wait for the new world. Waits for nobody, so nobody can hold it up."""
+        """Move everybody, and send the new world to all. Waits for nobody, so nobody can hold it up."""
         self.number = int(stats.uptime / TICK)  # by the clock: should the machine stand still, ticks are left out
         for player in self.players.values():
             player.x = min(max(player.x + player.step[0], 0), WIDTH - 1)
             player.y = min(max(player.y + player.step[1], 0), HEIGHT - 1)
             player.step = (0, 0)
-        self.ticked.set()
-        self.ticked = trio.Event()  # for the next tick
+        world = self.draw().encode()
+        for player in self.players.values():
+            # A player who has not taken an older world yet is left out: a later tick has a newer one.
+            if not player.connection.unsent:
+                player.connection.push(world)
+                player.sent = self.number
         await trio.lowlevel.checkpoint()
 
     def draw(self) -> str:
@@ -87,33 +96,20 @@ class World:
 
 
 async def play(world: World, stream: trio.abc.Stream) -> None:
-    """Serve one player: moves come in and worlds go out, each at its own pace."""
-    letter = world.enter()
-    player = world.players[letter]
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(send_worlds, world, player, stream)
-            async for data in stream:
+    """Serve one player: note the moves that come in, until the player leaves or the server stops.
+
+    The worlds go out meanwhile, pushed by the tick.
+    """
+    async with Connection(stream, idle_timeout=PATIENCE, max_unsent=MAX_UNSENT) as connection:
+        letter = world.enter(connection)
+        player = world.players[letter]
+        try:
+            async for data in connection:
                 for key in data.decode(errors="replace"):
                     player.step = STEPS.get(key, player.step)
-            nursery.cancel_scope.cancel()
-    except* (trio.BrokenResourceError, trio.TooSlowError):
-        pass  # an ordinary way to leave
-    finally:
-        del world.players[letter]
-
-
-async def send_worlds(world: World, player: Player, stream: trio.abc.Stream) -> None:
-    """Wait for a tick, send the world, and so on.
-
-    Only this task waits for a slow player, and no queue grows: worlds of ticks that pass meanwhile are not sent.
-    """
-    while True:
-        await world.ticked.wait()
-        player.sending = world.number
-        with trio.fail_after(PATIENCE):
-            await stream.send_all(world.draw().encode())
-        player.sending = None
+            connection.push(b"The game is over.\n")
+        finally:
+            del world.players[letter]
 
 
 async def listen(port: int) -> trio.SocketListener:
@@ -123,10 +119,16 @@ async def listen(port: int) -> trio.SocketListener:
     return listener
 
 
-async def serve(world: World, listener: trio.SocketListener) -> None:
-    """Serve the game until cancelled: players in tasks of their own, and a tick from the accept loop."""
-    handler = functools.partial(play, world)
-    await serve_listeners(handler, [listener], tick=TICK, on_tick=world.tick, max_connections=MAX_PLAYERS)
+async def serve(world: World, listener: trio.abc.Listener[trio.abc.Stream], shutdown: trio.Event) -> None:
+    """Serve the game until ``shutdown`` is set: players in tasks of their own, and a tick from the accept loop."""
+    await serve_listeners(
+        functools.partial(play, world),
+        [listener],
+        tick=TICK,
+        on_tick=world.tick,
+        max_connections=MAX_PLAYERS,
+        shutdown=shutdown,
+    )
 
 
 # That was the server. What follows is the demonstration: a look at the clock, and players.
@@ -138,34 +140,31 @@ class WatchedWorld(World):
     async def tick(self, stats: ServerStats) -> None:
         """Tick, and print when it was due, when it came, and who has not taken an older world yet."""
         behind = [
-            f"{letter} (tick {player.sending})" for letter, player in self.players.items() if player.sending is not None
+            f"{letter} (tick {player.sent})" for letter, player in self.players.items() if player.connection.unsent
         ]
         await super().tick(stats)
         due = self.number * TICK
         print(f"{self.number:5} {due:7.3f} {stats.uptime:7.3f} {len(self.players):8}  {', '.join(behind)}".rstrip())
 
 
-async def player(port: int, keys: str, *, joins: float, sleeps: float = 0.0, leaves: float) -> str:
-    """Play: send one of ``keys`` after the other, twice as fast as the ticks, and receive worlds.
+async def player(port: int, keys: str, *, joins: float, sleeps: float = 0.0) -> str:
+    """Play until the server stops: send ``keys``, one after the other and twice as fast as the ticks; receive worlds.
 
     Args:
         port: the server's.
         keys: what to send, over and over.
         joins: when, in seconds from now.
         sleeps: how many seconds to receive nothing at first.
-        leaves: when, in seconds from now.
 
     Returns:
         What was received.
     """
-    leaving = trio.current_time() + leaves
     await trio.sleep(joins)
     connecting = trio.socket.socket()
     connecting.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_SIZE)
     await connecting.connect(("127.0.0.1", port))
     received = b""
     async with trio.SocketStream(connecting) as stream, trio.open_nursery() as nursery:
-        nursery.cancel_scope.deadline = leaving
 
         async def press_keys() -> None:
             for key in itertools.cycle(keys):
@@ -176,6 +175,7 @@ async def player(port: int, keys: str, *, joins: float, sleeps: float = 0.0, lea
         await trio.sleep(sleeps)
         async for data in stream:
             received += data
+        nursery.cancel_scope.cancel()
     return received.decode()
 
 
@@ -188,26 +188,28 @@ def ticks(received: str) -> str:
 
 
 async def demonstrate() -> None:
-    """Play for 3 seconds, and say what A and B received."""
+    """Play for 3 seconds, stop the server, and say what A and B received."""
     print(f"A tick every {TICK} seconds, though nobody is there yet.\n")
     print(" tick     due    came  players  still being sent an older world")
     received = {}
     listener = await listen(0)  # a port that is free
     port = listener.socket.getsockname()[1]
+    shutdown = trio.Event()
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(serve, WatchedWorld(), listener)
+        nursery.start_soon(serve, WatchedWorld(), listener, shutdown)
 
         async def watch(name: str, keys: str, *, joins: float, sleeps: float = 0.0) -> None:
-            received[name] = await player(port, keys, joins=joins, sleeps=sleeps, leaves=2.95)
+            received[name] = await player(port, keys, joins=joins, sleeps=sleeps)
 
-        async with trio.open_nursery() as players:
-            players.start_soon(functools.partial(watch, "A", ">", joins=0.3))
-            players.start_soon(functools.partial(watch, "B", "<", joins=0.55, sleeps=1.9))
-            for number in range(20):  # a crowd, all at once
-                keys = "<>^v"[number % 4 :] + "<>^v"[: number % 3]
-                players.start_soon(functools.partial(player, port, keys, joins=1.3, leaves=2.95))
-        nursery.cancel_scope.cancel()
+        nursery.start_soon(functools.partial(watch, "A", ">", joins=0.3))
+        nursery.start_soon(functools.partial(watch, "B", "<", joins=0.55, sleeps=1.9))
+        for number in range(20):  # a crowd, all at once
+            keys = "<>^v"[number % 4 :] + "<>^v"[: number % 3]
+            nursery.start_soon(functools.partial(player, port, keys, joins=1.3))
+        await trio.sleep(2.95)
+        shutdown.set()
+    # Here the server has stopped, and every player has seen end of stream.
 
     print(f"\nA received ticks {ticks(received['A'])}.")
     print(f"B, who slept, received ticks {ticks(received['B'])}.")
@@ -215,13 +217,19 @@ async def demonstrate() -> None:
 
 
 async def host(port: int) -> None:
-    """Serve players from outside until interrupted."""
+    """Serve players from outside until SIGTERM or Ctrl-C, and then until they have left."""
     try:
         listener = await listen(port)
     except OSError as error:
         sys.exit(f"4_game_tick.py: cannot listen on port {port}: {error.strerror}: choose another")
+    port = listener.socket.getsockname()[1]
     print(f"to play: stty -icanon -echo; nc 127.0.0.1 {port}; stty sane", flush=True)
-    await serve(World(), listener)
+    shutdown = trio.Event()
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve, World(), listener, shutdown)
+            await anext(signals)
+            shutdown.set()
 
 
 if __name__ == "__main__":

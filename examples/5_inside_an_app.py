@@ -1,8 +1,8 @@
 """Three servers inside an app: one nursery that holds them, and one event that stops them together.
 
-The servers are echo, op, and one of the app's own: "shout", which sends back each line in capitals. Its handler stands
-on `trioproto.connection.Connection`, as those of echo and op do; that is all it takes to have time-outs and to take
-part in the stop.
+The servers are echo, op, and one of the app's own: "shout", which sends back each line in capitals. Its handler is
+built on `trioproto.Connection`, as those of echo and op are: that is where its time-outs come from, and its part in the
+stop.
 
 Run it::
 
@@ -18,28 +18,27 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable, Sequence
 
 import trio
 
-from trioproto import echo_handler, op_handler, serve_tcp
-from trioproto.connection import Connection
-from trioproto.op import Request
+from trioproto import Connection, IncompleteReadError, echo_handler, op_handler, receive_exactly, serve_tcp
+from trioproto.op import Reply, Request
 
 GRACE_PERIOD = 1.0  # seconds; an app that is not a demonstration would give more
-MAX_LINE = 1000  # bytes; what is longer is cut off, so that no client can fill our memory
+MAX_LINE = 1000  # bytes; a client that sends a longer one is let go, so that none can fill our memory
+
+
+async def read_line(connection: Connection) -> bytes:
+    """Receive one line: to this server, that is a request."""
+    return await connection.receive_until(b"\n", max_bytes=MAX_LINE)
 
 
 async def shout_handler(stream: trio.abc.Stream) -> None:
     """Send back each line in capitals, until the client ends the connection or the server stops."""
-    unfinished = b""
-    replies = b""
     async with Connection(stream, idle_timeout=300, request_timeout=30) as connection:
-        # Replies out, the next bytes in. What `exchange` has to be told is whether a request is under way: a graceful
-        # stop waits for the rest of a request, but not for a client that may send one some day.
-        while data := await connection.exchange(replies, mid_request=bool(unfinished)):
-            *lines, unfinished = (unfinished + data).split(b"\n")
-            replies = b"".join(line[:MAX_LINE].upper() + b"\n" for line in lines)
-            unfinished = unfinished[:MAX_LINE]
+        async for line in connection.requests(read_line):
+            await connection.send_all(line.upper() + b"\n")
 
 
 async def app(*, task_status: trio.TaskStatus[dict[str, int]] = trio.TASK_STATUS_IGNORED) -> None:
@@ -78,29 +77,42 @@ async def demonstrate() -> None:
         async def client(
             who: str,
             server: str,
-            first: bytes,
-            then: bytes,
-            pause: float,
+            request: Sequence[bytes],
+            reply_size: int,
+            decode: Callable[[bytes], object],
             *,
+            pause: float = 0.0,
             task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
         ) -> None:
             async with await trio.open_tcp_stream("127.0.0.1", ports[server]) as stream:
+                first, *rest = request
                 await stream.send_all(first)
                 say(who, f"to {server}: {first!r}")
                 task_status.started()
-                if then:
+                for piece in rest:
                     await trio.sleep(pause)
-                    await stream.send_all(then)
-                    say(who, f"to {server}: {then!r}, the rest of it")
-                async for reply in stream:
-                    say(who, f"from {server}: {bytes(reply)!r}")
-                say(who, "end of stream")
+                    await stream.send_all(piece)
+                    say(who, f"to {server}: {piece!r}, the rest of it")
+                try:
+                    while True:
+                        reply = decode(await receive_exactly(stream, reply_size))
+                        say(who, f"from {server}: {reply}")
+                except IncompleteReadError:
+                    say(who, "end of stream")
 
-        request = Request([40, 2], "+").encode()
-        await nursery.start(client, "idle", "echo", b"hello", b"", 0)
-        await nursery.start(client, "busy", "op", request[:5], request[5:], 0.6)
-        await nursery.start(client, "slow", "shout", b"well d", b"one\n", 0.9)
-        await nursery.start(client, "stuck", "op", request[:5], b"", 0)
+        def text(reply: bytes) -> str:
+            return reply.decode().rstrip()
+
+        def number(reply: bytes) -> int:
+            return Reply.decode(reply).result
+
+        whole = Request([40, 2], "+").encode()
+        halves = whole[:5], whole[5:]
+        line = b"well d", b"one\n"
+        await nursery.start(client, "idle", "echo", [b"hello"], 5, text)
+        await nursery.start(functools.partial(client, "busy", "op", halves, Reply.SIZE, number, pause=0.6))
+        await nursery.start(functools.partial(client, "slow", "shout", line, len("WELL DONE\n"), text, pause=0.9))
+        await nursery.start(client, "stuck", "op", halves[:1], Reply.SIZE, number)
         await trio.sleep(0.3)
 
         say("app", "is sent SIGTERM")

@@ -1,9 +1,12 @@
-"""A protocol of your own: a key-value server, set and get, in not even 40 lines on ``receive_exactly``.
+"""A protocol of your own: a key-value server, set and get, in not even 40 lines on `trioproto.Connection`.
 
 A message is a letter and strings; a string is its length (2 bytes, the high one first) and then as many bytes::
 
     set   "S" key value    reply "="
     get   "G" key          reply "=" value, or "?" if there is none
+
+The code reads like that table: `read_request` is the grammar, `answer` is what the server does. Time-outs, the graceful
+stop, back-pressure and a close that destroys no reply come from the connection.
 
 Run it::
 
@@ -14,26 +17,24 @@ tests/examples/test_6_your_own_protocol.py, cuts two requests in each of the 102
 """
 
 import functools
+import logging
+import sys
 
 import trio
 
-from trioproto import IncompleteReadError, receive_exactly, serve_tcp
+from trioproto import Connection, ProtocolError, receive_exactly, serve_tcp
 
 # The protocol: from here …
 MAX_LENGTH = 1000  # of a string, in bytes
 MAX_KEYS = 1000  # of a store; with both, no client can fill our memory
 
 
-class ProtocolError(ValueError):
-    """What a client sent is not in the protocol."""
-
-
-async def receive_string(stream: trio.abc.ReceiveStream) -> bytes:
+async def read_string(connection: Connection) -> bytes:
     """Receive a string; trust no length before it is checked."""
-    length = int.from_bytes(await receive_exactly(stream, 2), "big")
+    length = int.from_bytes(await connection.receive_exactly(2), "big")
     if length > MAX_LENGTH:
         raise ProtocolError(f"a string of {length} bytes: more than {MAX_LENGTH}")
-    return await receive_exactly(stream, length)
+    return await connection.receive_exactly(length)
 
 
 def encode_string(string: bytes) -> bytes:
@@ -41,27 +42,31 @@ def encode_string(string: bytes) -> bytes:
     return len(string).to_bytes(2, "big") + string
 
 
-async def answer(store: dict[bytes, bytes], stream: trio.abc.ReceiveStream) -> bytes:
-    """Receive one request, carry it out, and return the reply."""
-    command = await receive_exactly(stream, 1)
+async def read_request(connection: Connection) -> tuple[bytes, bytes | None]:
+    """Receive one request: a key, and the value to set it to; None to get it."""
+    command = await connection.receive_exactly(1)
     if command not in (b"S", b"G"):
         raise ProtocolError(f"command {command!r}: not S or G")
-    key = await receive_string(stream)
-    if command == b"G":
+    key = await read_string(connection)
+    value = await read_string(connection) if command == b"S" else None
+    return key, value
+
+
+def answer(store: dict[bytes, bytes], key: bytes, value: bytes | None) -> bytes:
+    """Carry out one request, and return the reply."""
+    if value is None:
         return b"=" + encode_string(store[key]) if key in store else b"?"
     if key not in store and len(store) == MAX_KEYS:
         raise ProtocolError(f"more than {MAX_KEYS} keys")
-    store[key] = await receive_string(stream)
+    store[key] = value
     return b"="
 
 
 async def handler(store: dict[bytes, bytes], stream: trio.abc.Stream) -> None:
-    """Serve one client until it ends the connection, breaks it, or leaves the protocol."""
-    try:
-        while True:
-            await stream.send_all(await answer(store, stream))
-    except (IncompleteReadError, trio.BrokenResourceError, ProtocolError) as end:
-        print(f"   server  ends the connection: {end}")
+    """Serve one client until it ends the connection, breaks it, is late, or leaves the protocol."""
+    async with Connection(stream, idle_timeout=300, request_timeout=30) as connection:
+        async for key, value in connection.requests(read_request):
+            connection.push(answer(store, key, value))
 
 
 # … to here.
@@ -91,9 +96,11 @@ async def ask(stream: trio.abc.Stream, request: bytes) -> None:
     await stream.send_all(request)
     reply = await stream.receive_some(1)
     if reply == b"=" and request.startswith(b"G"):
-        reply += encode_string(await receive_string(stream))
+        length = await receive_exactly(stream, 2)
+        reply += length + await receive_exactly(stream, int.from_bytes(length, "big"))
     print(f"   reply   {bytes(reply)!r}" if reply else "   reply   none: end of stream")
 
 
 if __name__ == "__main__":
+    logging.basicConfig(stream=sys.stdout, format="   server  logs: %(message)s")
     trio.run(main)

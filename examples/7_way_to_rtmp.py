@@ -1,4 +1,4 @@
-"""The way to RTMP: the handshake, chunks and first messages of a real publisher, on ``receive_exactly``.
+"""The way to RTMP: the handshake, chunks and first messages of a real publisher, on `trioproto.Connection`.
 
 A server for ffmpeg, rtmpdump and other RTMP clients that prints what the client asks for, up to the name of the stream
 that it wants to publish or play, and then declines. Section numbers are those of the RTMP specification 1.0.
@@ -14,6 +14,7 @@ Look for ``connect`` with its app name, and how many chunks it comes in; then fo
 
 import functools
 import io
+import logging
 import os
 import struct
 import sys
@@ -22,34 +23,30 @@ from typing import Any
 import attrs
 import trio
 
-from trioproto import IncompleteReadError, receive_exactly, serve_listeners
-from trioproto.addresses import format_address, peer_name
+from trioproto import Connection, ProtocolError, serve_until_signal
 
-# What a client may make us hold, and for how long. The specification allows messages of 16 MiB, any number at once.
+# What a client may make us hold; the specification allows messages of 16 MiB, any number at once. And for how many
+# seconds it may be silent, or take over one message.
 MAX_MESSAGE = 64 * 1024
 MAX_CHUNK_STREAMS = 16
 MAX_DEPTH = 4  # of AMF0 objects in objects
-MAX_SECONDS = 30
+TIMEOUT = 30.0
 
 SET_CHUNK_SIZE, COMMAND = 1, 20  # message types, sections 5.4 and 7.1
 KINDS = {SET_CHUNK_SIZE: "set chunk size", 4: "user control", 5: "window acknowledgement size"}
 
 
-class RTMPError(ValueError):
-    """What a client sent is no RTMP, or more of it than we take."""
-
-
-async def handshake(stream: trio.abc.Stream) -> None:
+async def handshake(connection: Connection) -> None:
     """Exchange C0 C1 C2 and S0 S1 S2: each side has its random bytes sent back to it (section 5.2)."""
-    (version,) = await receive_exactly(stream, 1)
+    (version,) = await connection.receive_exactly(1)
     if version != 3:
-        raise RTMPError(f"no RTMP: C0 is version {version}, not 3")
-    c1 = await receive_exactly(stream, 1536)
+        raise ProtocolError(f"no RTMP: C0 is version {version}, not 3")
+    c1 = await connection.receive_exactly(1536)
     s1 = bytes(8) + os.urandom(1528)  # time, zero, random
-    await stream.send_all(bytes([version]) + s1 + c1)  # the last is S2: C1 back as it came
-    c2 = await receive_exactly(stream, 1536)
+    connection.push(bytes([version]) + s1 + c1)  # the last is S2: C1 back as it came
+    c2 = await connection.receive_exactly(1536)
     if c2[8:] != s1[8:]:
-        raise RTMPError("no RTMP: C2 does not bring back the random bytes of S1")
+        raise ProtocolError("no RTMP: C2 does not bring back the random bytes of S1")
 
 
 @attrs.define
@@ -66,50 +63,49 @@ class ChunkStream:
 class Messages:
     """Messages out of chunks: cut into pieces, so that a large one does not hold up the others (section 5.3)."""
 
-    def __init__(self, stream: trio.abc.ReceiveStream) -> None:
-        self._stream = stream
+    def __init__(self) -> None:
         self._chunk_size = 128
         self._chunk_streams: dict[int, ChunkStream] = {}
 
-    async def receive(self) -> ChunkStream:
+    async def receive(self, connection: Connection) -> ChunkStream:
         """Receive chunks until a message is whole."""
-        chunk_stream = await self._receive_chunk()
+        chunk_stream = await self._receive_chunk(connection)
         while len(chunk_stream.body) < chunk_stream.length:
-            chunk_stream = await self._receive_chunk()
+            chunk_stream = await self._receive_chunk(connection)
         message = attrs.evolve(chunk_stream)
         chunk_stream.body, chunk_stream.chunks = bytearray(), 0
         if message.kind == SET_CHUNK_SIZE:
             self._chunk_size = int.from_bytes(message.body[:4], "big")
             if not 1 <= self._chunk_size < 2**31:
-                raise RTMPError(f"set chunk size {self._chunk_size}: not 1 to {2**31 - 1}")
+                raise ProtocolError(f"set chunk size {self._chunk_size}: not 1 to {2**31 - 1}")
         return message
 
-    async def _receive_chunk(self) -> ChunkStream:
-        (first,) = await receive_exactly(self._stream, 1)
+    async def _receive_chunk(self, connection: Connection) -> ChunkStream:
+        (first,) = await connection.receive_exactly(1)
         header_format, number = first >> 6, first & 0x3F
         if number < 2:  # 0: the number is in one more byte; 1: in two more
-            number = 64 + int.from_bytes(await receive_exactly(self._stream, number + 1), "little")
+            number = 64 + int.from_bytes(await connection.receive_exactly(number + 1), "little")
         chunk_stream = self._chunk_streams.get(number)
         if chunk_stream is None:
             if header_format != 0:
-                raise RTMPError(f"chunk stream {number} begins without a full header")
+                raise ProtocolError(f"chunk stream {number} begins without a full header")
             if len(self._chunk_streams) == MAX_CHUNK_STREAMS:
-                raise RTMPError(f"more than {MAX_CHUNK_STREAMS} chunk streams")
+                raise ProtocolError(f"more than {MAX_CHUNK_STREAMS} chunk streams")
             chunk_stream = self._chunk_streams[number] = ChunkStream()
         elif chunk_stream.body and header_format != 3:  # 3: nothing new, the message goes on
-            raise RTMPError(f"chunk stream {number} begins a message inside another")
+            raise ProtocolError(f"chunk stream {number} begins a message inside another")
         # What is left out of a shorter header is as in the chunk before.
-        header = await receive_exactly(self._stream, [11, 7, 3, 0][header_format])
+        header = await connection.receive_exactly([11, 7, 3, 0][header_format])
         if header:
             chunk_stream.extended = header[:3] == b"\xff\xff\xff"
         if header[3:]:
             chunk_stream.length, chunk_stream.kind = int.from_bytes(header[3:6], "big"), header[6]
         if chunk_stream.length > MAX_MESSAGE:
-            raise RTMPError(f"a message of {chunk_stream.length} bytes: more than {MAX_MESSAGE}")
+            raise ProtocolError(f"a message of {chunk_stream.length} bytes: more than {MAX_MESSAGE}")
         if chunk_stream.extended:
-            await receive_exactly(self._stream, 4)
+            await connection.receive_exactly(4)
         missing = chunk_stream.length - len(chunk_stream.body)
-        chunk_stream.body += await receive_exactly(self._stream, min(missing, self._chunk_size))
+        chunk_stream.body += await connection.receive_exactly(min(missing, self._chunk_size))
         chunk_stream.chunks += 1
         return chunk_stream
 
@@ -137,7 +133,7 @@ def encode_amf0(value: object) -> bytes:
 def decode_amf0(body: io.BytesIO, depth: int = 0) -> Any:
     """Take one value in the Action Message Format from ``body``."""
     if depth > MAX_DEPTH:
-        raise RTMPError(f"AMF0 objects nested more than {MAX_DEPTH} deep")
+        raise ProtocolError(f"AMF0 objects nested more than {MAX_DEPTH} deep")
     match _take(body, 1)[0]:
         case 0:
             return struct.unpack(">d", _take(body, 8))[0]
@@ -151,12 +147,12 @@ def decode_amf0(body: io.BytesIO, depth: int = 0) -> Any:
             while name := _take_string(body):
                 values[name] = decode_amf0(body, depth + 1)
             if _take(body, 1) != b"\x09":
-                raise RTMPError("an AMF0 object without its end")
+                raise ProtocolError("an AMF0 object without its end")
             return values
         case 5 | 6:
             return None
         case kind:
-            raise RTMPError(f"AMF0 type {kind}: not one that commands need")
+            raise ProtocolError(f"AMF0 type {kind}: not one that commands need")
 
 
 def decode_values(data: bytes | bytearray) -> list[Any]:
@@ -170,7 +166,7 @@ def decode_values(data: bytes | bytearray) -> list[Any]:
 def _take(body: io.BytesIO, n: int) -> bytes:
     data = body.read(n)
     if len(data) < n:
-        raise RTMPError("an AMF0 value is cut short")
+        raise ProtocolError("an AMF0 value is cut short")
     return data
 
 
@@ -178,59 +174,45 @@ def _take_string(body: io.BytesIO) -> str:
     return _take(body, int.from_bytes(_take(body, 2), "big")).decode(errors="replace")
 
 
-async def handler(stream: trio.abc.HalfCloseableStream) -> None:
+async def handler(stream: trio.abc.Stream) -> None:
     """Serve one client up to the name of its stream, and print what it asks for."""
-    say = functools.partial(print, peer_name(stream), flush=True)
-    try:
-        with trio.fail_after(MAX_SECONDS):
-            await handshake(stream)
-            say("handshake: 1528 random bytes there and back")
-            messages = Messages(stream)
-            while True:
-                message = await messages.receive()
-                size = f"({message.length} bytes in {message.chunks} chunk{'s' if message.chunks > 1 else ''})"
-                if message.kind != COMMAND:
-                    say(f"{KINDS.get(message.kind, f'message of type {message.kind}')} {size}")
-                    continue
-                match decode_values(message.body):
-                    case ["connect", float(transaction), dict(asked), *_]:
-                        say(f"connect: app {asked.get('app')!r:.40} {size}")
-                        say(f"  from {asked.get('flashVer')!r:.50}")
-                        status = {"level": "status", "code": "NetConnection.Connect.Success"}
-                        await stream.send_all(encode_command("_result", transaction, None, status))
-                    case ["createStream", float(transaction), *_]:
-                        say(f"createStream: is given stream 1 {size}")
-                        await stream.send_all(encode_command("_result", transaction, None, 1.0))
-                    case ["publish" | "play" as command, float(), None, str(name), *_]:
-                        say(f"{command}: stream {name!r:.40} {size}")
-                        code = f"NetStream.{command.title()}.Failed"
-                        status = {"level": "error", "code": code, "description": "The tour ends here"}
-                        await stream.send_all(encode_command("onStatus", 0.0, None, status, stream_id=1))
-                        # Closed with bytes unread, TCP would send a reset. So let the client be the one to close.
-                        await stream.send_eof()
-                        while await stream.receive_some():
-                            pass
-                        return
-                    case values:
-                        say(f"left without an answer: {values!r:.50} {size}")
-    except (RTMPError, IncompleteReadError, trio.BrokenResourceError) as end:
-        say(f"ended: {end}")
-    except trio.TooSlowError:
-        say(f"ended: not done in {MAX_SECONDS} seconds")
+    async with Connection(stream, idle_timeout=TIMEOUT, request_timeout=TIMEOUT) as connection:
+        say = functools.partial(print, connection.peer, flush=True)
+        await handshake(connection)
+        say("handshake: 1528 random bytes there and back")
+        async for message in connection.requests(Messages().receive):
+            size = f"({message.length} bytes in {message.chunks} chunk{'s' if message.chunks > 1 else ''})"
+            if message.kind != COMMAND:
+                say(f"{KINDS.get(message.kind, f'message of type {message.kind}')} {size}")
+                continue
+            match decode_values(message.body):
+                case ["connect", float(transaction), dict(asked), *_]:
+                    say(f"connect: app {asked.get('app')!r:.40} {size}")
+                    say(f"  from {asked.get('flashVer')!r:.50}")
+                    status = {"level": "status", "code": "NetConnection.Connect.Success"}
+                    connection.push(encode_command("_result", transaction, None, status))
+                case ["createStream", float(transaction), *_]:
+                    say(f"createStream: is given stream 1 {size}")
+                    connection.push(encode_command("_result", transaction, None, 1.0))
+                case ["publish" | "play" as command, float(), None, str(name), *_]:
+                    say(f"{command}: stream {name!r:.40} {size}")
+                    code = f"NetStream.{command.title()}.Failed"
+                    status = {"level": "error", "code": code, "description": "The tour ends here"}
+                    connection.push(encode_command("onStatus", 0.0, None, status, stream_id=1))
+                    break
+                case values:
+                    say(f"left without an answer: {values!r:.50} {size}")
 
 
-async def main(port: int) -> None:
-    """Listen on 127.0.0.1 until interrupted."""
-    try:
-        listeners = await trio.open_tcp_listeners(port, host="127.0.0.1")
-    except OSError as error:
-        sys.exit(f"7_way_to_rtmp.py: cannot listen on port {port}: {error.strerror}: choose another")
-    print(f"listening on rtmp://{format_address(listeners[0].socket.getsockname())}", flush=True)
-    await serve_listeners(handler, listeners)
+def announce(address: str) -> None:
+    """Say where the server listens."""
+    print(f"listening on rtmp://{address}", flush=True)
 
 
 if __name__ == "__main__":
+    logging.basicConfig(stream=sys.stdout, format="%(message)s")
     try:
-        trio.run(main, int(sys.argv[1]) if sys.argv[1:] else 1935)
-    except* KeyboardInterrupt:
-        pass
+        port = int(sys.argv[1]) if sys.argv[1:] else 1935
+        trio.run(functools.partial(serve_until_signal, handler, port, announce=announce))
+    except OSError as error:
+        sys.exit(f"7_way_to_rtmp.py: {error}: choose another port")

@@ -1,5 +1,6 @@
 import re
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from helpers import MemoryListener
 
 from trioproto import ServerStats
 
@@ -15,6 +17,21 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "4_game_tick.py"
 example = runpy.run_path(str(EXAMPLE))
 
 TICK = example["TICK"]
+
+
+class SingleListener(trio.abc.Listener[trio.abc.Stream]):
+    """Accepts one stream, and then waits for ever."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self._streams = [stream]
+
+    async def accept(self) -> trio.abc.Stream:
+        if not self._streams:
+            await trio.sleep_forever()
+        return self._streams.pop()
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
 
 
 async def tick(world: object, number: int) -> None:
@@ -66,12 +83,56 @@ async def test_player_who_takes_nothing_is_let_go(autojump_clock: trio.testing.M
         nursery.start_soon(worlds, quick, [])
         await trio.testing.wait_all_tasks_blocked()
         nursery.start_soon(example["play"], world, served_stuck)
-        await tick(world, 1)
-        await trio.sleep(9.9)
-        assert set(world.players) == {"A", "B"}
-        await trio.sleep(0.2)
+        for number in range(1, 10):
+            await tick(world, number)
+            await trio.sleep(1)
+            assert set(world.players) == {"A", "B"}
+        await trio.sleep(1.1)
         assert set(world.players) == {"A"}
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("key", [b"", b">"])
+async def test_stop_ends_the_game_with_a_farewell(key: bytes, autojump_clock: trio.testing.MockClock) -> None:
+    """A player gets the world that was sent last, a farewell and end of stream, and the server returns."""
+    world = example["World"]()
+    listener = MemoryListener()
+    player = listener.connect()
+    shutdown = trio.Event()
+    received = bytearray()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(example["serve"], world, listener, shutdown)
+
+        async def play() -> None:
+            async for data in player:
+                received.extend(data)
+            await player.aclose()
+
+        nursery.start_soon(play)
+        if key:
+            await player.send_all(key)
+        await trio.sleep(10.5 * TICK)
+        shutdown.set()
+        await trio.testing.wait_all_tasks_blocked()
+
+    assert trio.current_time() < 11 * TICK
+    assert received.endswith(b"\nThe game is over.\n")
+    assert re.findall(rb"tick (\d+)\n", received)[-1] == b"10"
+    assert world.players == {}
+
+
+async def test_stop_does_not_wait_for_ever_for_a_player_who_takes_nothing(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """The server returns, though a player never takes the world that was sent last."""
+    world = example["World"]()
+    _stuck, served = trio.testing.lockstep_stream_pair()
+    shutdown = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(example["serve"], world, SingleListener(served), shutdown)
+        await trio.sleep(1.5 * TICK)
+        shutdown.set()
+    assert 1.5 * TICK < trio.current_time() <= 1.5 * TICK + 10
 
 
 async def test_moves_are_made_by_ticks_one_step_each() -> None:
@@ -110,7 +171,7 @@ async def test_player_too_many_waits_for_a_letter() -> None:
     with trio.fail_after(20):
         listener = await example["listen"](0)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(example["serve"], world, listener)
+            nursery.start_soon(example["serve"], world, listener, trio.Event())
             address = listener.socket.getsockname()
             players = [await trio.open_tcp_stream(*address) for _ in range(26)]
             for player in players:
@@ -154,7 +215,29 @@ def test_example_shows_ticks_on_schedule_and_the_slow_player_who_skips_some() ->
     assert received["A"] == numbers[numbers.index(received["A"][0]) :]
     assert received["B"][-1] == numbers[-1]
     assert set(received["B"]) < set(numbers[numbers.index(received["B"][0]) :])
+    assert run.stdout.endswith(".\nThe game is over.\n")
     assert max(map(len, run.stdout.splitlines())) <= 80
+
+
+def test_sigterm_ends_the_game_gracefully() -> None:
+    """Served to the outside, the game ends with its farewell when SIGTERM comes, and with status 0."""
+    with subprocess.Popen([sys.executable, EXAMPLE, "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        try:
+            said = re.fullmatch(rb"to play: .*nc 127\.0\.0\.1 (\d+);.*\n", server.stdout.readline())
+            assert said is not None
+            with socket.create_connection(("127.0.0.1", int(said[1])), timeout=10) as player:
+                player.sendall(b">")
+                received = player.recv(10)
+                server.send_signal(signal.SIGTERM)
+                while data := player.recv(65536):
+                    received += data
+            _, err = server.communicate(timeout=10)
+        finally:
+            server.kill()
+
+    assert received.endswith(b"\nThe game is over.\n")
+    assert (server.returncode, err) == (0, b"")
 
 
 def test_port_in_use_is_one_line() -> None:

@@ -1,0 +1,285 @@
+import contextlib
+import functools
+import logging
+import re
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from trioproto import Connection, serve_tcp
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "6b_chat.py"
+example = runpy.run_path(str(EXAMPLE))
+
+
+class Room:
+    """A chat in memory, and whoever is in it."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self.members: set[Connection] = set()
+
+    def connect(self, *, slow: bool = False) -> trio.abc.HalfCloseableStream:
+        """Let a client in; if it is ``slow``, nothing that it is sent is taken before it receives."""
+        pair = trio.testing.lockstep_stream_pair if slow else trio.testing.memory_stream_pair
+        client, served = pair()
+        self._nursery.start_soon(example["chat"], self.members, served)
+        return client
+
+    async def join(self, name: str) -> trio.abc.HalfCloseableStream:
+        """Let a client in, and have it tell its name."""
+        client = self.connect()
+        await client.send_all(name.encode() + b"\n")
+        await trio.testing.wait_all_tasks_blocked()
+        return client
+
+
+@contextlib.asynccontextmanager
+async def room() -> AsyncIterator[Room]:
+    """Open a chat, and close it."""
+    async with trio.open_nursery() as nursery:
+        yield Room(nursery)
+        nursery.cancel_scope.cancel()
+
+
+async def heard(client: trio.abc.ReceiveStream) -> bytes:
+    """Return what a client has been sent by now."""
+    await trio.testing.wait_all_tasks_blocked()
+    received = b""
+    with trio.move_on_after(0.001):
+        while data := await client.receive_some():
+            received += data
+    return received
+
+
+async def test_everybody_hears_everybody(autojump_clock: trio.testing.MockClock) -> None:
+    """Who comes, what is said and who leaves is sent to all who are there, to the one who says it, too."""
+    async with room() as chat:
+        ann = await chat.join("Ann")
+        bob = await chat.join("Bob")
+        await ann.send_all(b"Hello, Bob\nHow a")
+        await bob.send_all(b"Hello\n")
+        await trio.testing.wait_all_tasks_blocked()
+        await ann.send_all(b"re you?\r\n")
+        await trio.testing.wait_all_tasks_blocked()
+        await ann.send_eof()
+
+        assert await heard(ann) == (
+            b"Your name?\nAnn is here.\nBob is here.\nAnn: Hello, Bob\nBob: Hello\nAnn: How are you?\n"
+        )
+        assert await heard(bob) == (
+            b"Your name?\nBob is here.\nAnn: Hello, Bob\nBob: Hello\nAnn: How are you?\nAnn has left.\n"
+        )
+
+
+async def test_control_characters_do_not_reach_the_others_terminals(autojump_clock: trio.testing.MockClock) -> None:
+    """What could clear a screen, or is no text, is left out; other alphabets are not."""
+    async with room() as chat:
+        ann = await chat.join("\x1b[2JAnn")
+        await ann.send_all("\x1b]0;title\x07 жаба\xa0\u202e!\n".encode() + b"\xff\n")
+
+        assert (await heard(ann)).decode() == (
+            "Your name?\n[2JAnn is here.\n[2JAnn: ]0;title жаба!\n[2JAnn: \N{REPLACEMENT CHARACTER}\n"
+        )
+
+
+async def test_slow_client_holds_up_nobody_and_is_let_go(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not an instant passes for the others, while more waits for a slow client than may; then it is let go."""
+    async with room() as chat:
+        ann = await chat.join("Ann")
+        carl = chat.connect(slow=True)
+        assert await carl.receive_some() == b"Your name?\n"
+        await carl.send_all(b"Carl\n")
+        bob = await chat.join("Bob")
+        assert len(chat.members) == 3
+        most = example["MAX_UNSENT"]
+        lines = 0
+        while len(chat.members) == 3:
+            assert not caplog.records
+            assert max(member.unsent for member in chat.members) <= most
+            await ann.send_all(800 * b"x" + b"\n")
+            await trio.testing.wait_all_tasks_blocked()
+            lines += 1
+            assert lines < most
+        assert trio.current_time() == 0
+        assert lines == pytest.approx(most / 806, abs=2)
+        assert (await heard(bob)).endswith(b"Ann: " + 800 * b"x" + b"\nCarl has left.\n")
+
+    (record,) = caplog.records
+    assert re.search(rf"overrun: \d+ bytes pushed and not taken, more than {most}$", record.message)
+
+
+async def test_client_that_only_listens_stays_and_one_that_is_gone_leaves(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Who takes what is said may be silent for ever; after an hour in which nobody says anything, all are let go."""
+    async with room() as chat:
+        ann = await chat.join("Ann")
+        await chat.join("Bob")
+        for _ in range(5):
+            await trio.sleep(3000)
+            await ann.send_all(b"Hello\n")
+        await trio.sleep(3599)
+        assert len(chat.members) == 2
+        await trio.sleep(2)
+        assert chat.members == set()
+
+
+@pytest.mark.parametrize("line", [b"", b"Hello, B"])
+async def test_line_takes_30_seconds_at_most(line: bytes, autojump_clock: trio.testing.MockClock) -> None:
+    """A line, or a name, that is not whole in 30 seconds ends its connection, and no other."""
+    async with room() as chat:
+        bob = await chat.join("Bob")
+        ann = chat.connect()
+        await ann.send_all(b"Ann\n" + line if line else b"An")
+        await trio.sleep(31)
+
+        assert len(chat.members) == 1
+        assert (await heard(bob)).endswith(b"Ann has left.\n" if line else b"Bob is here.\n")
+
+
+@pytest.mark.parametrize("name", [b"", b"Ann\n"])
+async def test_line_too_long_ends_its_connection_only(
+    name: bytes, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A line, or a name, of more than 1000 bytes ends its connection, and the others chat on."""
+    async with room() as chat:
+        bob = await chat.join("Bob")
+        ann = chat.connect()
+        await ann.send_all(name + 1000 * b"a" + b"\n" + 1001 * b"b")
+        await trio.testing.wait_all_tasks_blocked()
+        await bob.send_all(b"Bye\n")
+
+        assert (await heard(bob)).endswith(b" has left.\nBob: Bye\n")
+        assert len(chat.members) == 1
+
+    (record,) = caplog.records
+    assert record.message.endswith("protocol error: more than 1000 bytes before b'\\n'")
+
+
+async def test_flood_reaches_whoever_receives() -> None:
+    """Of 2000 lines that are sent in one go, on a socket, a client that receives them misses none."""
+    said = b"".join(b"line %d\n" % number for number in range(2000))
+    heard = {"Ann": b"", "Bob": b""}
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            serve = functools.partial(serve_tcp, functools.partial(example["chat"], set()), 0, host="127.0.0.1")
+            (listener,) = await nursery.start(serve)
+            async with trio.open_nursery() as clients:
+
+                async def chat(name: str) -> None:
+                    async with await trio.open_tcp_stream(*listener.socket.getsockname()) as client:
+                        await client.send_all(name.encode() + b"\n")
+                        if name == "Ann":
+                            await trio.sleep(0.2)  # until Bob is there
+                            await client.send_all(said)
+                        while b"line 1999\n" not in heard[name]:
+                            data = await client.receive_some()
+                            assert data
+                            heard[name] += data
+
+                clients.start_soon(chat, "Ann")
+                clients.start_soon(chat, "Bob")
+            nursery.cancel_scope.cancel()
+
+    spoken = b"".join(b"Ann: line %d\n" % number for number in range(2000))
+    assert all(spoken in received for received in heard.values())
+
+
+async def test_stop_ends_the_chat_at_once_and_passes_on_a_line_under_way(caplog: pytest.LogCaptureFixture) -> None:
+    """A stop is end of stream to all who are idle, and a line that is partly received may be finished."""
+    caplog.set_level(logging.WARNING)
+    shutdown = trio.Event()
+    handler = functools.partial(example["chat"], set())
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            serve = functools.partial(serve_tcp, handler, 0, host="127.0.0.1", shutdown=shutdown)
+            (listener,) = await nursery.start(serve)
+            clients = [await trio.open_tcp_stream(*listener.socket.getsockname()) for _ in range(3)]
+            for client, name in zip(clients, [b"Ann\n", b"Bob\n", b"Carl\nHal"], strict=True):
+                await client.send_all(name)
+            await trio.sleep(0.1)
+            shutdown.set()
+            ann, bob, carl = clients
+            for client in (ann, bob):
+                async for data in client:
+                    assert b"Hal" not in data
+                await client.aclose()
+            await carl.send_all(b"lo\n")
+            received = b"".join([bytes(data) async for data in carl])
+            assert received.endswith(b"Carl: Hallo\n")
+            await carl.aclose()
+
+    assert not caplog.records
+
+
+def test_server_has_at_most_30_lines() -> None:
+    """The example is as short as it says, blank lines counted."""
+    server = EXAMPLE.read_text(encoding="utf-8").partition("from here …\n")[2].partition("# … to here")[0]
+    assert 20 < len(server.strip().splitlines()) <= 30
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how much a kernel buffers is different elsewhere")
+def test_example_shows_the_slow_client_being_let_go() -> None:
+    """What waits for Carl grows until he is let go; Bob is sent every line, and end of stream when the server stops."""
+    run = subprocess.run([sys.executable, EXAMPLE], check=True, capture_output=True, text=True, timeout=60)
+
+    assert run.stderr == ""
+    assert max(map(len, run.stdout.splitlines())) <= 120
+    waiting = [int(number) for number in re.findall(r"(\d+) bytes$", run.stdout.partition("overrun")[0], re.MULTILINE)]
+    assert len(waiting) >= 4
+    assert waiting == sorted(waiting)
+    before, after = run.stdout.split("everybody is told: Carl has left.\n")
+    assert re.search(r"the server logs: 127\.0\.0\.1:\d+ to .*: overrun: \d+ bytes pushed and not taken", before)
+    assert set(re.findall(r"(\d+) bytes$", after, re.MULTILINE)) == {"0"}
+    slowest = re.search(r"Bob has received every line, the slowest after ([\d.]+) ms", after)
+    assert slowest is not None
+    assert float(slowest[1]) < 1000
+    assert after.endswith("The server stops: to Bob, that is end of stream.\n")
+
+
+def test_example_serves_until_sigterm() -> None:
+    """With a port, it says where it listens, and serves the chat until SIGTERM comes."""
+    with subprocess.Popen(
+        [sys.executable, EXAMPLE, "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        try:
+            said = re.search(r"listening on 127\.0\.0\.1:(\d+)$", server.stdout.readline())
+            assert said is not None
+            address = ("127.0.0.1", int(said[1]))
+            with socket.create_connection(address, timeout=10) as client, client.makefile("rw") as lines:
+                lines.write("Ann\n")
+                lines.flush()
+                assert [lines.readline(), lines.readline()] == ["Your name?\n", "Ann is here.\n"]
+                server.send_signal(signal.SIGTERM)
+                assert lines.read() == ""
+            _, err = server.communicate(timeout=10)
+        finally:
+            server.kill()
+
+    assert (server.returncode, err) == (0, "")
+
+
+def test_port_in_use_is_one_line() -> None:
+    """A port that is taken is said in one line."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, EXAMPLE, str(port)], capture_output=True, text=True, timeout=30, check=False
+        )
+
+    assert done.returncode == 1
+    assert (
+        done.stderr == f"6b_chat.py: cannot listen on 127.0.0.1:{port}: Address already in use: choose another port\n"
+    )
