@@ -129,6 +129,7 @@ class Connection(trio.abc.HalfCloseableStream):
         "_eof_sent",
         "_fresh",
         "_handshaken",
+        "_idle_due",
         "_idle_timeout",
         "_let_go",
         "_max_owed",
@@ -173,6 +174,7 @@ class Connection(trio.abc.HalfCloseableStream):
         self._ended = False  # the client has sent its last
         self._begun = False  # a request, or another message, is partly received ...
         self._due: float | None = None  # ... and must be complete by then, once it had to be waited for
+        self._idle_due: float | None = None  # until when the next message must begin, once it had to be waited for
         self._taken_up = 0  # requests since the other tasks had their turn
         self._receiving = False
         self._waiting: trio.CancelScope | None = None  # of the receive that waits
@@ -499,7 +501,8 @@ class Connection(trio.abc.HalfCloseableStream):
             if self._taken_up == REQUESTS_PER_TURN:
                 self._taken_up = 0
                 await trio.lowlevel.checkpoint()
-            if self._drain.began_at is not None and self._heard_enough():
+            # One that a cancellation interrupted is under way already.
+            if self._drain.began_at is not None and self._due is None and self._heard_enough():
                 raise StopAsyncIteration
         self._begun = True
         self._buffer.mark()
@@ -550,6 +553,7 @@ class Connection(trio.abc.HalfCloseableStream):
             self._receiving = False
         if data:
             self._fresh = False
+            self._idle_due = None
         elif data is not None:
             self._ended = True
         return data or b""
@@ -583,6 +587,7 @@ class Connection(trio.abc.HalfCloseableStream):
                 return None
             if not self._sending:  # otherwise it is for the sending task to say whether the client is still there
                 raise ClientError("timed out, awaiting a request", self, "idle", logging.DEBUG)
+            self._idle_due = None
 
     def _deadline(self, now: float) -> float:
         """Until when the client has time, on Trio's clock."""
@@ -590,7 +595,9 @@ class Connection(trio.abc.HalfCloseableStream):
             return self._due
         if self._drain.began_at is not None:
             return self._last_call()
-        return now + self._idle_timeout
+        if self._idle_due is None:
+            self._idle_due = now + self._idle_timeout
+        return self._idle_due
 
     def _last_call(self) -> float:
         """Until when a request may begin in a stop: none, except for a client's first."""
@@ -773,7 +780,7 @@ class Connection(trio.abc.HalfCloseableStream):
             raise self._broke(_ROOM, error) from error
         if pushed:
             self.unsent -= sent
-        if self._waiting is not None and sent:
+        if sent:
             self._client_is_there()
         if sent == len(data):
             self._rest = _NOTHING
@@ -814,8 +821,9 @@ class Connection(trio.abc.HalfCloseableStream):
 
     def _client_is_there(self) -> None:
         """Give a client that takes what it is sent the idle time-out anew."""
+        self._idle_due = None
         if self._waiting is not None and not self._begun and self._drain.began_at is None:
-            self._waiting.deadline = trio.current_time() + self._idle_timeout
+            self._waiting.deadline = self._deadline(trio.current_time())
 
     async def _send_what_is_pushed(self) -> None:
         while not self._closed:
