@@ -50,8 +50,7 @@ async def proxy(target: tuple[str, int], stream: trio.abc.Stream, *, idle_timeou
 
 # … to here. What follows is the demonstration.
 
-
-THINKING = 0.5  # seconds
+THINKING = 0.5  # seconds, that the server takes for an answer
 
 
 async def count(stream: trio.abc.Stream) -> None:

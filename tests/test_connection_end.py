@@ -72,9 +72,11 @@ async def test_bug(
     caplog.set_level(logging.DEBUG, "trioproto")
     client, theirs = trio.testing.memory_stream_pair()
     error = bug()
+    error.__cause__ = cause = BugError()
     with pytest.raises(type(error)) as caught:
         await push_and_raise(theirs, error)
     assert caught.value is error
+    assert error.__cause__ is cause
     assert trio.current_time() == 0
     assert await client.receive_some() == b""
     with pytest.raises(trio.BrokenResourceError):

@@ -22,7 +22,7 @@ from helpers import (
     socket_streams,
 )
 
-from trioproto import Connection, echo_handler, op_handler, serve_tcp
+from trioproto import ClientError, Connection, echo_handler, op_handler, serve_tcp
 from trioproto.transport import SocketTransport
 
 ONE = request_bytes([1], "+")  # 6 bytes
@@ -94,6 +94,21 @@ async def test_takes_no_reply(
         assert caplog.messages == ["StapledStream: timed out, awaiting room for a reply"]
     assert caplog.records[0].levelno == logging.WARNING
     assert caplog.records[0].exc_info is None
+
+
+@pytest.mark.parametrize("wait", [Connection.send_eof, Connection.wait_send_all_might_not_block])
+async def test_takes_nothing_of_what_was_pushed(
+    wait: Callable[[Connection], Awaitable[None]], autojump_clock: trio.testing.MockClock
+) -> None:
+    """Whatever sends what was pushed before it gives a client the idle time-out to take it."""
+    _client, theirs = trio.testing.lockstep_stream_pair()
+    connection = Connection(theirs, idle_timeout=10)
+    connection.push(b"hello")
+    with pytest.raises(ClientError) as caught:
+        await wait(connection)
+    assert (caught.value.connection, caught.value.how) == (connection, "late")
+    assert trio.current_time() == pytest.approx(10)
+    await connection.aclose()
 
 
 async def test_takes_no_last_reply(caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock) -> None:

@@ -85,7 +85,8 @@ class Connection(trio.abc.HalfCloseableStream):
     """A server's side of the conversation with one client: a stream with time-outs, requests, and a safe end.
 
     Use it as an async context manager around the conversation. As a stream, it is one like Trio's own, for whatever is
-    written for those, except that it buffers: a receive that is cancelled loses no byte.
+    written for those, except that it buffers: a receive that is cancelled loses no byte. (A client that wants to see
+    the errors of its connection uses it without the block, and closes it.)
 
     A block ends, without an error for the handler:
 
@@ -106,12 +107,12 @@ class Connection(trio.abc.HalfCloseableStream):
 
     Args:
         stream: any stream of Trio's. The connection takes charge of it: nobody else may use it.
-        idle_timeout: seconds, above 0, that may pass before the client's next request begins, if nothing is sent to it
-            meanwhile either; and that it may take to make room for more of what it is sent.
+        idle_timeout: seconds, above 0, in which nothing moves, either way, before the client's next request begins; and
+            that the client may take to make room for more of what it is sent.
         request_timeout: seconds, above 0, that a request may take from its first byte to its last, and that a TLS
             handshake may take.
         max_unsent: for pushing from any task: how many pushed bytes, 0 or more, may wait for the client before it is
-            let go. None: only the handler pushes, between its waits.
+            let go. It should be more than the largest message. None: only the handler pushes, between its waits.
 
     Attributes:
         unsent: how many pushed bytes the system has not taken yet.
@@ -725,7 +726,8 @@ class Connection(trio.abc.HalfCloseableStream):
             trio.ClosedResourceError: if one of the two is closed.
 
         On cancellation, bytes may be lost on their way through. Ends, too, when the server stops and nothing is left
-        that has arrived. A checkpoint.
+        that has arrived: a relay knows no messages, so one that the client sends with a pause in it may then be cut
+        there. A checkpoint.
         """
         out = target if isinstance(target, Connection) else Connection(target, idle_timeout=self._idle_timeout)
         try:

@@ -100,20 +100,21 @@ async def test_stop_ends_the_game_with_a_farewell(key: bytes, autojump_clock: tr
     player = listener.connect()
     shutdown = trio.Event()
     received = bytearray()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(example["serve"], world, listener, shutdown)
+    with trio.fail_after(100):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(example["serve"], world, listener, shutdown)
 
-        async def play() -> None:
-            async for data in player:
-                received.extend(data)
-            await player.aclose()
+            async def play() -> None:
+                async for data in player:
+                    received.extend(data)
+                await player.aclose()
 
-        nursery.start_soon(play)
-        if key:
-            await player.send_all(key)
-        await trio.sleep(10.5 * TICK)
-        shutdown.set()
-        await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(play)
+            if key:
+                await player.send_all(key)
+            await trio.sleep(10.5 * TICK)
+            shutdown.set()
+            await trio.testing.wait_all_tasks_blocked()
 
     assert trio.current_time() < 11 * TICK
     assert received.endswith(b"\nThe game is over.\n")
@@ -128,10 +129,11 @@ async def test_stop_does_not_wait_for_ever_for_a_player_who_takes_nothing(
     world = example["World"]()
     _stuck, served = trio.testing.lockstep_stream_pair()
     shutdown = trio.Event()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(example["serve"], world, SingleListener(served), shutdown)
-        await trio.sleep(1.5 * TICK)
-        shutdown.set()
+    with trio.fail_after(100):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(example["serve"], world, SingleListener(served), shutdown)
+            await trio.sleep(1.5 * TICK)
+            shutdown.set()
     assert 1.5 * TICK < trio.current_time() <= 1.5 * TICK + 10
 
 

@@ -45,9 +45,10 @@ class Room:
 @contextlib.asynccontextmanager
 async def room() -> AsyncIterator[Room]:
     """Open a chat, and close it."""
-    async with trio.open_nursery() as nursery:
-        yield Room(nursery)
-        nursery.cancel_scope.cancel()
+    with trio.fail_after(100_000):
+        async with trio.open_nursery() as nursery:
+            yield Room(nursery)
+            nursery.cancel_scope.cancel()
 
 
 async def heard(client: trio.abc.ReceiveStream) -> bytes:

@@ -66,9 +66,10 @@ async def proxied_in_memory(monkeypatch: pytest.MonkeyPatch, *, buffered: bool =
         return connected
 
     monkeypatch.setattr(trio, "open_tcp_stream", connect)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(example["proxy"], ("server.test", 80), served)
-        yield Proxied(client, server)
+    with trio.fail_after(10_000):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(example["proxy"], ("server.test", 80), served)
+            yield Proxied(client, server)
 
 
 async def receive_all(stream: trio.abc.ReceiveStream) -> bytes:
@@ -237,11 +238,12 @@ async def test_target_that_does_not_answer_is_given_up(
 
     monkeypatch.setattr(trio, "open_tcp_stream", connect)
     client, served = trio.testing.memory_stream_pair()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(example["proxy"], ("server.test", 80), served)
-        assert await client.receive_some() == b""
-        assert trio.current_time() == pytest.approx(10, abs=0.1)
-        await client.aclose()
+    with trio.fail_after(1000):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(example["proxy"], ("server.test", 80), served)
+            assert await client.receive_some() == b""
+            assert trio.current_time() == pytest.approx(10, abs=0.1)
+            await client.aclose()
 
     assert [record.message for record in caplog.records] == [
         "StapledStream: cannot connect to server.test port 80: timed out"

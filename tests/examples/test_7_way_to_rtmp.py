@@ -150,11 +150,12 @@ async def test_silent_client_is_let_go(
     """A client that says nothing is let go after 30 seconds."""
     caplog.set_level(logging.DEBUG, "trioproto")
     client, served = fragmented_stream_pair()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(example["handler"], served)
-        assert await client.receive_some() == b""
-        assert trio.current_time() == 30
-        await client.aclose()
+    with trio.fail_after(1000):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(example["handler"], served)
+            assert await client.receive_some() == b""
+            assert trio.current_time() == 30
+            await client.aclose()
 
     assert [record.message for record in caplog.records] == ["StapledStream: timed out, awaiting a request"]
 
@@ -164,17 +165,18 @@ async def test_client_that_dribbles_is_let_go(
 ) -> None:
     """A message that is not whole after 30 seconds ends the connection, though bytes of it go on arriving."""
     client, served = fragmented_stream_pair()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(example["handler"], served)
-        await client.send_all(b"\x03" + bytes(1536))
-        answer = await receive_exactly(client, 1 + 2 * 1536)
-        await client.send_all(answer[1:1537])
-        for byte in CONNECT[:40]:
-            with contextlib.suppress(trio.BrokenResourceError):
-                await client.send_all(bytes([byte]))
-            await trio.sleep(0.9)
-        assert await client.receive_some() == b""
-        await client.aclose()
+    with trio.fail_after(1000):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(example["handler"], served)
+            await client.send_all(b"\x03" + bytes(1536))
+            answer = await receive_exactly(client, 1 + 2 * 1536)
+            await client.send_all(answer[1:1537])
+            for byte in CONNECT[:40]:
+                with contextlib.suppress(trio.BrokenResourceError):
+                    await client.send_all(bytes([byte]))
+                await trio.sleep(0.9)
+            assert await client.receive_some() == b""
+            await client.aclose()
 
     assert [record.message for record in caplog.records] == ["StapledStream: timed out, awaiting the rest of a request"]
 

@@ -16,7 +16,7 @@ from helpers import reply_bytes, request_bytes
 from processes import ANSWER, COMMAND, HANGS, QUESTION, Server, paused, receive, receive_all, serving
 
 WORKERS = pytest.mark.parametrize("workers", ["--workers=1", "--workers=2"])
-STOPS_BY_FORCE = "the grace period of .* s is over: cancelled what was left"
+STOPS_BY_FORCE = r"the grace period of 0\.5 s is over: cancelled what was left"
 
 # Runs a command as systemd does: with a listening socket as descriptor 3, and two variables that tell of it.
 AS_SYSTEMD = """
