@@ -220,11 +220,18 @@ async def serving(handler: Handler, listener: trio.abc.Listener[Any]) -> AsyncIt
 
 
 @contextlib.asynccontextmanager
-async def connected(handler: Handler) -> AsyncIterator[trio.SocketStream]:
-    """Serve a TCP connection with ``handler``, and give the client's end; in the end, see the handler to its end."""
+async def connected(handler: Handler, *, receive_buffer: int | None = None) -> AsyncIterator[trio.SocketStream]:
+    """Serve a TCP connection with ``handler``, and give the client's end; in the end, see the handler to its end.
+
+    With ``receive_buffer``, that is about how much the client's system takes before the client reads.
+    """
     [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with serving(handler, listener) as shutdown:
-        client = await trio.testing.open_stream_to_socket_listener(listener)
+        connecting = trio.socket.socket()
+        if receive_buffer is not None:
+            connecting.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        await connecting.connect(listener.socket.getsockname())
+        client = trio.SocketStream(connecting)
         async with client:
             yield client
         shutdown.set()

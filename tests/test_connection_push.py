@@ -442,16 +442,32 @@ async def test_overrun_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 
 async def test_push_while_the_connection_lingers() -> None:
     """What is pushed when this side has been ended is ignored, and does not destroy what is still on its way."""
-    connections = []
+    connections: list[Connection] = []
+    filled: list[int] = []
 
     async def handler(stream: trio.SocketStream) -> None:
         async with Connection(stream, max_unsent=10) as connection:
             connections.append(connection)
-            await connection.send_all(bytes(50_000))
+            filled.append(fill(stream))
 
-    async with connected(handler) as client:
+    async with connected(handler, receive_buffer=10_000) as client:
         await trio.testing.wait_all_tasks_blocked(0.05)
         for size in (1, 100):
             connections[0].push(bytes(size))
             await trio.testing.wait_all_tasks_blocked(0.01)
-        assert await receive_to_end(client) == bytes(50_000)
+        assert len(await receive_to_end(client)) == filled[0]
+
+
+async def test_overrun_before_anything_was_sent(autojump_clock: trio.testing.MockClock) -> None:
+    """A client that is let go does not see a clean end, although nothing was cut in the middle."""
+
+    async def handler(stream: Stream) -> None:
+        async with Connection(server_tls(stream), max_unsent=100) as connection:
+            await connection.receive_some()
+            connection.push(bytes(101))
+
+    async with served(handler) as client:
+        tls = client_tls(client)
+        await tls.send_all(b"hello")
+        with pytest.raises(trio.BrokenResourceError):
+            await tls.receive_some()

@@ -248,6 +248,26 @@ async def test_request_time_of_another_request(autojump_clock: trio.testing.Mock
         assert await anext(connection.requests(read_line)) == b"world"
 
 
+async def test_request_time_after_a_bug(autojump_clock: trio.testing.MockClock) -> None:
+    """A request that follows one that could not be read has time of its own."""
+    client, theirs = trio.testing.memory_stream_pair()
+    connection = Connection(theirs, request_timeout=10)
+
+    async def read(connection: Connection) -> bytes:
+        line = await read_line(connection)
+        if line == b"bad":
+            raise KeyError(line)
+        return line
+
+    await client.send_all(b"ba")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send_after, client, b"d\ngo", 8)
+        nursery.start_soon(send_after, client, b"od\n", 16)
+        with pytest.raises(KeyError):
+            await anext(connection.requests(read))
+        assert await anext(connection.requests(read)) == b"good"
+
+
 async def test_messages_without_replies(
     caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
 ) -> None:

@@ -251,7 +251,14 @@ async def test_cancelled_receive_loses_nothing(receive: Receive, autojump_clock:
 
 @pytest.mark.parametrize("arrived", [b"", b"hell"])
 @pytest.mark.parametrize("first", [RECEIVES["receive_exactly"], RECEIVES["receive_until"]])
-@pytest.mark.parametrize("second", [receive for name, receive in RECEIVES.items() if name[-1] != "0"])
+@pytest.mark.parametrize(
+    "second",
+    [
+        *(receive for name, receive in RECEIVES.items() if name[-1] != "0"),
+        lambda connection: connection.receive_exactly(1),
+        lambda connection: connection.receive_until(b"h", max_bytes=1),
+    ],
+)
 async def test_two_that_receive(arrived: bytes, first: Receive, second: Receive) -> None:
     """While one task receives, another cannot; it would take bytes from the middle of what the first waits for."""
     client, connection = connection_pair()
