@@ -87,9 +87,10 @@ async def test_request_under_way(autojump_clock: trio.testing.MockClock) -> None
                 connection.push(line)
 
     async with stopping(handler, ended_within=7 + SOON) as client:
-        await client.send_all(b"he")
-        await trio.sleep(12)
-        await client.send_all(b"llo\n")
+        for sent in (b"he", b"l", b"l"):
+            await client.send_all(sent)
+            await trio.sleep(4)
+        await client.send_all(b"o\n")
         assert await receive_to_end(client) == b"hello"
         assert trio.current_time() == pytest.approx(12, abs=SOON)
 

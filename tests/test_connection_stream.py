@@ -356,10 +356,11 @@ async def test_two_that_send(send: Send, autojump_clock: trio.testing.MockClock)
     assert trio.current_time() == pytest.approx(1)
 
 
+@pytest.mark.parametrize("maker", [memory, sockets])
 @pytest.mark.parametrize("send", SENDS.values(), ids=SENDS.keys())
-async def test_sending_is_a_checkpoint(send: Send) -> None:
+async def test_sending_is_a_checkpoint(send: Send, maker: Callable[[], Awaitable[Pair]]) -> None:
     """All of these let other tasks run, and so does ending this side a second time."""
-    _client, connection = connection_pair()
+    client, connection = await maker()
     with trio.testing.assert_checkpoints():
         await send(connection)
     await connection.send_eof()
@@ -370,6 +371,7 @@ async def test_sending_is_a_checkpoint(send: Send) -> None:
     await connection.aclose()
     with pytest.raises(trio.ClosedResourceError):
         await send(connection)
+    await client.aclose()
 
 
 async def test_send_eof_after_what_was_pushed() -> None:
@@ -397,8 +399,7 @@ async def test_wait_after_what_was_pushed() -> None:
 async def test_sending_to_a_client_that_is_gone(send: Send, pushed: bytes) -> None:
     """A client that has gone is reported as a `ClientError` by whatever has something to send."""
     client, served = await socket_streams()
-    connection = Connection(served)
-    await connection.send_all(b"hello")
+    await (connection := Connection(served)).send_all(b"hello")
     reset(client)
     await trio.sleep(0.01)
     connection.push(pushed)

@@ -281,7 +281,8 @@ class Connection(trio.abc.HalfCloseableStream):
     async def _finish(self, own: BaseException | None) -> None:
         """Send what is owed, and end the connection such that all of it arrives, if the client is still there."""
         if self._cut or (
-            isinstance(own, ClientError) and (own.how in ("reset", "overrun") or self._rest or not self._handshaken)
+            isinstance(own, ClientError)
+            and (own.how in ("reset", "overrun") or (self._rest and not self._sending) or not self._handshaken)
         ):
             return
         if self._scope is not None:  # what would have ended the body may end this, too
