@@ -4,11 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attrs
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from promises import check, visit
+from promises import PROTOCOLS, check, make_echo_handler, visit
 
 # With this many scenarios for each protocol, 2,000 in all; more would find more, at 20 ms or so each.
 SEEDS = 500
@@ -22,8 +23,7 @@ def test_promises(name: str, part: int) -> None:
     check(name, range(part, SEEDS, PARTS))
 
 
-# In the chat, handlers meet: who leaves at the very moment at which another is told is up to the order of Trio's tasks.
-@pytest.mark.parametrize("name", ["op", "echo", "kv"])
+@pytest.mark.parametrize("name", ["op", "echo", "kv", "chat"])
 def test_repeatable(name: str) -> None:
     """A seed gives the same run twice, of the clients, of the server, and of all that goes between them."""
     for seed in range(10):
@@ -37,3 +37,10 @@ def test_replay() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "client-0" in done.stdout
     assert done.stdout.endswith("every promise was kept\n")
+
+
+def test_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broken promise is reported with the client's kind, the seed, and the command that shows the scenario."""
+    monkeypatch.setitem(PROTOCOLS, "op", attrs.evolve(PROTOCOLS["op"], make_handler=make_echo_handler))
+    with pytest.raises(AssertionError, match=r"(?s)op, seed 3:\n.*client-\d, which .*promises.py op 3$"):
+        check("op", [3])
