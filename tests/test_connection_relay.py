@@ -14,6 +14,7 @@ from helpers import (
     LIMIT,
     MemoryListener,
     Stream,
+    connected,
     fill,
     receive_to_end,
     reset,
@@ -364,6 +365,34 @@ async def test_bulk_that_is_cut_off(breaks: str, splices: list[int]) -> None:
                 await receive_to_end(server)
         await server.aclose()
         await client.aclose()
+
+
+@linux_only
+@pytest.mark.parametrize("how", ["cancelled", "closed"])
+async def test_bulk_echo_that_is_cut_off(how: str, splices: list[int]) -> None:
+    """An echo that is cut off while the kernel holds some of it is reset, although all has been received."""
+    scope = trio.CancelScope()
+    connections = []
+
+    async def handler(stream: trio.SocketStream) -> None:
+        with scope:
+            async with Connection(stream) as connection:
+                connections.append(connection)
+                await connection.relay(connection)
+
+    async with connected(handler, receive_buffer=10_000) as client:
+        await client.send_all(bytes(2 * RECEIVE_SIZE))
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        await receive_exactly(client, RECEIVE_SIZE)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert sum(splices) > 0
+        if how == "closed":
+            await connections[0].aclose()
+        else:
+            scope.cancel()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        with pytest.raises(trio.BrokenResourceError):
+            await receive_to_end(client)
 
 
 @linux_only

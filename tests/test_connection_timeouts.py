@@ -14,6 +14,7 @@ from helpers import (
     LIMIT,
     Handler,
     Stream,
+    connected,
     int32_bytes,
     receive_to_end,
     request_bytes,
@@ -352,6 +353,24 @@ async def test_idle_while_it_is_sent_to(autojump_clock: trio.testing.MockClock) 
             assert await client.receive_some() == b"news"
         assert await client.receive_some() == b""
         assert trio.current_time() == pytest.approx(5 * 9 + 10)
+
+
+async def test_idle_while_it_is_sent_to_on_a_socket() -> None:
+    """The same on a socket, where what is sent is mostly taken at once."""
+
+    async def handler(stream: trio.SocketStream) -> None:
+        async with Connection(stream, idle_timeout=0.5) as connection, trio.open_nursery() as nursery:
+
+            async def send() -> None:
+                for _ in range(5):
+                    await trio.sleep(0.2)
+                    await connection.send_all(b"news")
+
+            nursery.start_soon(send)
+            await connection.receive_some()
+
+    async with connected(handler) as client:
+        assert await receive_to_end(client) == b"news" * 5
 
 
 async def test_sending_does_not_extend_a_request(autojump_clock: trio.testing.MockClock) -> None:
