@@ -85,9 +85,9 @@ class Connection(trio.abc.HalfCloseableStream):
     """A server's side of the conversation with one client: a stream with time-outs, requests, and a safe end.
 
     Use it as an async context manager around the conversation. As a stream, it is one like Trio's own, for whatever is
-    written for those, except that it buffers: a receive that is cancelled loses no byte. (If it was just sending what was
-    pushed before, and the stream is no socket, nothing more can be sent then.) A client that wants to see the errors of
-    its connection uses it without the block, and closes it.
+    written for those, except that it buffers: a receive that is cancelled loses no byte. (If it was just sending what
+    was pushed before, and the stream is no socket, nothing more can be sent then.) A client that wants to see the
+    errors of its connection uses it without the block, and closes it.
 
     A block ends, without an error for the handler:
 
