@@ -1,7 +1,22 @@
-"""Settings for all tests."""
+"""Settings and fixtures for all tests."""
 
+from collections.abc import AsyncIterator
+
+import pytest
+import trio
+from helpers import socket_streams
 from hypothesis import settings
+
+from trioproto.transport import SocketTransport
 
 # No example is timed: how fast a machine is says nothing about whether the code is right.
 settings.register_profile("trioproto", deadline=None)
 settings.load_profile("trioproto")
+
+
+@pytest.fixture
+async def fast() -> AsyncIterator[tuple[SocketTransport, trio.SocketStream]]:
+    """The transport of a socket, and the socket's peer."""
+    peer, stream = await socket_streams()
+    async with peer, stream:
+        yield SocketTransport(stream), peer

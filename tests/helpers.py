@@ -76,6 +76,12 @@ def decode_by_the_table(data: bytes) -> tuple[bytes, bytes, bool]:
     return replies, b"", False
 
 
+async def arrival(peer: trio.abc.SendStream, data: bytes) -> None:
+    """Send ``data``, and wait until it has arrived."""
+    await peer.send_all(data)
+    await trio.sleep(0.01)
+
+
 class MemoryListener(trio.abc.Listener[trio.abc.HalfCloseableStream]):
     """A listener whose connections are memory streams.
 

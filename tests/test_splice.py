@@ -2,13 +2,12 @@
 
 import errno
 import os
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
-from helpers import fill, reset, socket_streams
+from helpers import arrival, fill, reset
 
 from trioproto import receive_exactly
 from trioproto.transport import (
@@ -18,20 +17,6 @@ from trioproto.transport import (
 )
 
 linux_only = pytest.mark.skipif(not hasattr(os, "splice"), reason="no splice(2)")
-
-
-@pytest.fixture
-async def fast(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[SocketTransport, trio.SocketStream]]:
-    """The fast way."""
-    peer, stream = await socket_streams()
-    async with peer, stream:
-        yield SocketTransport(stream), peer
-
-
-async def arrival(peer: trio.abc.SendStream, data: bytes) -> None:
-    """Send ``data``, and wait until it has arrived."""
-    await peer.send_all(data)
-    await trio.sleep(0.01)
 
 
 def open_descriptors() -> int:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 import trio
 import trio.testing
-from helpers import LIMIT, Sticky, client_tls, fill, receive_to_end, reset, server_tls, socket_streams
+from helpers import LIMIT, Sticky, arrival, client_tls, fill, receive_to_end, reset, server_tls, socket_streams
 
 from trioproto import receive_exactly
 from trioproto.transport import (
@@ -31,20 +31,6 @@ async def pair(request: pytest.FixtureRequest) -> AsyncIterator[Pair]:
     async with peer:
         yield request.param(stream), peer
         await stream.aclose()
-
-
-@pytest.fixture
-async def fast(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[SocketTransport, trio.SocketStream]]:
-    """The fast way."""
-    peer, stream = await socket_streams()
-    async with peer, stream:
-        yield SocketTransport(stream), peer
-
-
-async def arrival(peer: trio.abc.SendStream, data: bytes) -> None:
-    """Send ``data``, and wait until it has arrived."""
-    await peer.send_all(data)
-    await trio.sleep(0.01)
 
 
 def test_which_way(monkeypatch: pytest.MonkeyPatch) -> None:
