@@ -419,13 +419,13 @@ async def test_what_arrives_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> 
     """What arrives on a socket before the task that waits has noticed the end of its time counts as well."""
     client, theirs = await socket_streams()
 
-    async def receive(transport: SocketTransport) -> bytes:
+    async def wait_for_data(transport: SocketTransport) -> None:
         try:
             await trio.sleep_forever()
         finally:
             os.write(client.socket.fileno(), b"hello")
 
-    monkeypatch.setattr(SocketTransport, "receive", receive)
+    monkeypatch.setattr(SocketTransport, "wait_for_data", wait_for_data)
     connection = Connection(theirs, idle_timeout=0.01)
     with trio.fail_after(LIMIT):
         assert await connection.receive_some() == b"hello"

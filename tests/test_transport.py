@@ -69,16 +69,23 @@ async def test_no_handshake(fast: Pair) -> None:
 # Receiving.
 
 
+async def receive(transport: Transport) -> bytes:
+    """Receive the way that the transports' caller does."""
+    while (data := transport.receive_nowait()) is None:
+        await transport.wait_for_data()
+    return data
+
+
 async def test_receive(pair: Pair) -> None:
     """What has arrived is returned as bytes, then ``b""`` at the end of the stream, again and again."""
     transport, peer = pair
     with trio.fail_after(LIMIT):
         await peer.send_all(b"hello")
-        received = await transport.receive()
+        received = await receive(transport)
         assert (type(received), received) == (bytes, b"hello")
         await peer.send_eof()
-        assert await transport.receive() == b""
-        assert await transport.receive() == b""
+        assert await receive(transport) == b""
+        assert await receive(transport) == b""
 
 
 async def test_receive_nowait(fast: Pair) -> None:
@@ -109,17 +116,7 @@ async def test_receive_waits(pair: Pair) -> None:
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(send_later)
-            assert await transport.receive() == b"hello"
-
-
-async def test_receive_of_what_another_has_taken(fast: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A socket that was readable and has nothing any more is waited for again."""
-    transport, peer = fast
-    await arrival(peer, b"hello")
-    outcomes: list[bytes | None] = [None, b"hello"]
-    monkeypatch.setattr(SocketTransport, "receive_nowait", lambda self: outcomes.pop(0))
-    with trio.fail_after(LIMIT):
-        assert await transport.receive() == b"hello"
+            assert await receive(transport) == b"hello"
 
 
 async def test_receive_cancelled(pair: Pair) -> None:
@@ -127,14 +124,14 @@ async def test_receive_cancelled(pair: Pair) -> None:
     transport, peer = pair
     with trio.fail_after(LIMIT):
         with trio.move_on_after(0.01) as scope:
-            await transport.receive()
+            await receive(transport)
         assert scope.cancelled_caught
         await arrival(peer, b"hello")
         with trio.CancelScope() as scope:
             scope.cancel()
-            await transport.receive()
+            await transport.wait_for_data()
         assert scope.cancelled_caught
-        assert await transport.receive() == b"hello"
+        assert await receive(transport) == b"hello"
 
 
 async def test_receive_after_a_reset(pair: Pair) -> None:
@@ -149,7 +146,7 @@ async def test_receive_after_a_reset(pair: Pair) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(reset_later)
             with pytest.raises(trio.BrokenResourceError):
-                await transport.receive()
+                await receive(transport)
         with pytest.raises(trio.BrokenResourceError):
             await send_all(transport, b"hello")
 
@@ -244,7 +241,7 @@ async def test_half_close(pair: Pair) -> None:
     transport, peer = pair
     with trio.fail_after(LIMIT):
         await peer.send_eof()
-        assert await transport.receive() == b""
+        assert await receive(transport) == b""
         await send_all(transport, b"hello")
         await transport.send_eof()
         assert await receive_to_end(peer) == b"hello"
@@ -264,7 +261,7 @@ async def test_half_close_of_a_stream_that_has_none() -> None:
 def use(request: pytest.FixtureRequest) -> Callable[[Transport], Awaitable[object]]:
     """What has to wait: for bytes, or for room."""
     if request.param == "receive":
-        return lambda transport: transport.receive()
+        return receive
     return lambda transport: send_all(transport, bytes(50_000_000))
 
 
@@ -294,7 +291,7 @@ async def test_closed_before(pair: Pair) -> None:
                     transport.send_nowait(b"hello")
             else:
                 with pytest.raises(trio.ClosedResourceError):
-                    await transport.receive()
+                    await receive(transport)
                 with pytest.raises(trio.ClosedResourceError):
                     await transport.send_some(memoryview(b"hello"))
 

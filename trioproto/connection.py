@@ -545,21 +545,25 @@ class Connection(trio.abc.HalfCloseableStream):
             await trio.lowlevel.checkpoint()
             if self._ended or ((self._begun or self._drain.began_at is not None) and self._is_over()):
                 return b""
-            data = self._transport.receive_nowait()
-            if data is None:
-                data = await self._wait_for_data()
+            while (data := self._transport.receive_nowait()) is None:
+                # What arrived in time was received just now, even if time was up when this task had its turn.
+                if self._waiting is not None and self._waiting.cancelled_caught and self._gives_up_waiting():
+                    return b""
+                with trio.CancelScope(deadline=self._deadline()) as self._waiting:
+                    await self._transport.wait_for_data()
         except ClientError:
             raise
         except trio.BrokenResourceError as error:
             raise self._broke(_REST if self._begun else _REQUEST, error) from error
         finally:
             self._receiving = False
+            self._waiting = None
         if data:
             self._fresh = False
             self._idle_due = None
-        elif data is not None:
+        else:
             self._ended = True
-        return data or b""
+        return data
 
     def _is_over(self) -> bool:
         """Whether nothing more is received though there may be more; `ClientError` if a request took too long."""
@@ -572,35 +576,29 @@ class Connection(trio.abc.HalfCloseableStream):
             return False
         return self._heard_enough()
 
-    async def _wait_for_data(self) -> bytes | None:
-        while True:
-            now = trio.current_time()
-            deadline = max(self._deadline(now), now + self._transport.last_look)
-            try:
-                with trio.CancelScope(deadline=deadline) as self._waiting:
-                    return await self._transport.receive()
-            finally:
-                self._waiting = None
-            data = self._transport.receive_nowait()  # time is up, but what has arrived in time counts
-            if data is not None:
-                return data
-            if self._begun:
-                raise self._too_late(_REST)
-            if self._drain.began_at is not None:
-                return None
-            if not self._sending:  # otherwise it is for the sending task to say whether the client is still there
-                raise ClientError("timed out, awaiting a request", self, "idle", logging.DEBUG)
-            self._idle_due = None
-
-    def _deadline(self, now: float) -> float:
-        """Until when the client has time, on Trio's clock."""
-        if self._begun and self._due is not None:
-            return self._due
+    def _gives_up_waiting(self) -> bool:
+        """Time is up: raise `ClientError`, or return whether this is the stop, which just ends the conversation."""
+        if self._begun:
+            raise self._too_late(_REST)
         if self._drain.began_at is not None:
-            return self._last_call()
-        if self._idle_due is None:
-            self._idle_due = now + self._idle_timeout
-        return self._idle_due
+            return True
+        if not self._sending:  # otherwise it is for the sending task to say whether the client is still there
+            raise ClientError("timed out, awaiting a request", self, "idle", logging.DEBUG)
+        self._idle_due = None
+        return False
+
+    def _deadline(self) -> float:
+        """Until when the client has time, on Trio's clock."""
+        now = trio.current_time()
+        if self._begun and self._due is not None:
+            due = self._due
+        elif self._drain.began_at is not None:
+            due = self._last_call()
+        else:
+            if self._idle_due is None:
+                self._idle_due = now + self._idle_timeout
+            due = self._idle_due
+        return max(due, now + self._transport.last_look)
 
     def _last_call(self) -> float:
         """Until when a request may begin in a stop: none, except for a client's first."""
@@ -613,8 +611,7 @@ class Connection(trio.abc.HalfCloseableStream):
     def _stop(self) -> None:
         """Wait for a next request no longer. The server's `Drain` calls this when the stop begins."""
         if self._waiting is not None and not self._begun:
-            last_look = trio.current_time() + self._transport.last_look
-            self._waiting.deadline = min(self._waiting.deadline, max(self._last_call(), last_look))
+            self._waiting.deadline = min(self._waiting.deadline, self._deadline())
 
     # Sending.
 
@@ -785,7 +782,9 @@ class Connection(trio.abc.HalfCloseableStream):
         if pushed:
             self.unsent -= sent
         if sent:
-            self._client_is_there()
+            self._idle_due = None
+            if self._waiting is not None:
+                self._client_is_there()
         if sent == len(data):
             self._rest = _NOTHING
             return not self._owed
@@ -827,7 +826,7 @@ class Connection(trio.abc.HalfCloseableStream):
         """Give a client that takes what it is sent the idle time-out anew."""
         self._idle_due = None
         if self._waiting is not None and not self._begun and self._drain.began_at is None:
-            self._waiting.deadline = self._deadline(trio.current_time())
+            self._waiting.deadline = self._deadline()
 
     async def _send_what_is_pushed(self) -> None:
         while not self._closed:

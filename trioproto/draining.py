@@ -131,7 +131,8 @@ def accepted_as(stream: trio.abc.AsyncResource) -> Accepted:
     """
     accepted = _accepted.get()
     if accepted is not None:
-        below = stream.transport_stream if type(stream) is trio.SSLStream else stream
-        if accepted.stream is stream or accepted.stream is below:
+        if accepted.stream is stream:
+            return accepted
+        if type(stream) is trio.SSLStream and accepted.stream is stream.transport_stream:
             return accepted
     return Accepted(stream, peer_address(stream), None, NEVER, trio.current_time())

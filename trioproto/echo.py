@@ -26,7 +26,7 @@ async def echo_handler(
     On cancellation, the connection is closed at once and the cancellation goes on.
     """
     async with Connection(stream, idle_timeout=idle_timeout, request_timeout=request_timeout) as connection:
-        async for chunk in connection:
+        while chunk := await connection.receive_some():
             connection.push(chunk)
             if len(chunk) == RECEIVE_SIZE:  # more than one receive takes: relay what follows, unseen
                 await connection.relay(connection)
