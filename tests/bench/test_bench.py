@@ -415,7 +415,7 @@ async def test_measure(protocol: str) -> None:
     """The load generators' processes share the connections, and their measurements are added up."""
     progress: list[Measurement] = []
     with trio.fail_after(20):
-        async with local_server(protocol) as (host, port):
+        async with local_server(protocol, 3) as (host, port):
             load = Load(protocol, host, port, connections=3, depth=4, duration=0.6, rate=1000, processes=2)
             measurement = await measure(load, trio.Event(), progress.append)
     assert measurement.answered == measurement.latencies.count == 600
@@ -428,7 +428,7 @@ async def test_measure(protocol: str) -> None:
 async def test_the_local_server_is_stopped() -> None:
     """The server that was started for the purpose is gone afterwards."""
     with trio.fail_after(10):
-        async with local_server("echo") as (host, port):
+        async with local_server("echo", 1) as (host, port):
             stream = await trio.open_tcp_stream(host, port)
             await stream.aclose()
         with pytest.raises(OSError, match="failed"):
@@ -466,7 +466,7 @@ async def test_a_local_server_that_does_not_start(monkeypatch: pytest.MonkeyPatc
     """A server that does not start is said to be missing, not waited for."""
     monkeypatch.setattr(sys, "executable", fake_python(tmp_path, "printf something; exit 1"))
     with trio.fail_after(10), pytest.raises(BaseExceptionGroup) as caught:
-        async with local_server("echo"):
+        async with local_server("echo", 1):
             pass
     assert caught.group_contains(BenchError, match="did not start")
 
@@ -597,15 +597,15 @@ def test_plot_of_nothing(tmp_path: Path) -> None:
     assert "p50" not in (tmp_path / "latency.svg").read_text()
 
 
-def test_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_bench(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Without an address, bench starts a server, measures it, and reports on the terminal and in files."""
     json_file, plot = tmp_path / "bench.json", tmp_path / "bench.svg"
     options = ["--duration", "0.3", "--rate", "500", "--connections", "2", "--operands", "5"]
     assert main(["bench", "op", *options, "--json", str(json_file), "--plot", str(plot)]) == 0
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert re.search(r"^answered +150$", out, re.MULTILINE)
     assert "█" in out
-    assert err == ""
+    assert len(err.splitlines()) == 1  # the server's last word
     written = json.loads(json_file.read_text())
     assert written["answered"] == 150 == sum(count for _, count in written["histogram"])
     assert written["interrupted"] is False
@@ -642,27 +642,101 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert capsys.readouterr() == ("", "trioproto: bench needs plotext; install it: pip install 'trioproto[bench]'\n")
 
 
-def test_a_report_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """When a file cannot be written in the end, the table is there all the same."""
     plot = tmp_path / "latency.svg"
     plot.symlink_to("/dev/full")
     assert main(["bench", "echo", "--duration", "0.1", "--connections", "1", "--plot", str(plot)]) == 1
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert "answered" in out
-    assert err == f"trioproto: cannot write {plot}: No space left on device\n"
+    assert err.endswith(f"\ntrioproto: cannot write {plot}: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("server", "protocol", "complaint"),
+    [
+        ("echo", "op", r"\d[\d,]* replies from 127\.0\.0\.1:\d+ are wrong"),
+        ("op", "echo", r"127\.0\.0\.1:\d+ answered no request"),
+    ],
+)
+async def test_another_servers_protocol(server: str, protocol: str, complaint: str) -> None:
+    """A server that does not speak the protocol is no server to measure: after the report, bench says so and fails."""
+    with trio.fail_after(20):
+        async with local_server(server, 2) as (_, port):
+            done = await trio.run_process(
+                [*BENCH, protocol, "--port", str(port), "--connections", "2", "--duration", "0.3"],
+                capture_stdout=True,
+                capture_stderr=True,
+                check=False,
+            )
+    assert done.returncode == 1
+    assert re.fullmatch(rf"trioproto: {complaint}; is an {protocol} server running there\?\n", done.stderr.decode())
+    assert re.search(rb"^errors +[1-9]", done.stdout, re.MULTILINE)
+
+
+BENCH = [sys.executable, "-m", "trioproto", "bench"]
+QUICK = [*BENCH, "echo", "--connections", "1", "--duration", "0.1"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_a_terminal_of_ascii(settings: dict[str, str]) -> None:
+    """The report needs no character that is not in ASCII."""
+    done = subprocess.run(QUICK, env=os.environ | settings, capture_output=True, check=True, timeout=20)
+    assert done.stdout.isascii()
+    assert re.search(rb"\d us|\d ms", done.stdout)
+    assert b"#" in done.stdout
+    assert b"?" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("redirection", "complaint"),
+    [
+        ("| :", "nobody reads standard output any more"),
+        (">/dev/full", "cannot write to standard output: No space left on device"),
+        (">&-", "cannot write to standard output: Bad file descriptor"),
+    ],
+)
+def test_a_report_that_nobody_gets(redirection: str, complaint: str) -> None:
+    """A report that cannot be written is a failure, in one line."""
+    script = f'{{ "$@" 3>&-; echo "status $?" >&3; }} 3>&2 {redirection}'
+    done = subprocess.run(["sh", "-c", script, "sh", *QUICK], capture_output=True, check=False, timeout=20, text=True)
+    _, *lines = done.stderr.splitlines()  # the first is the server's last word
+    assert lines == [f"trioproto: {complaint}", "status 1"]
+
+
+def test_standard_error_closed() -> None:
+    """Progress and messages have nowhere to go then; the report has."""
+    done = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *QUICK], stdout=subprocess.PIPE, check=True, timeout=20)
+    assert b"answered" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("host", "complaint"),
+    [("a" * 64, "label too long"), ("\udcff", "invalid character"), ("[::1]", "cannot connect to [::1]:1: ")],
+)
+def test_hosts(host: str, complaint: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """A host that cannot be one is a failure like any other; an IPv6 address may stand in brackets."""
+    assert main(["bench", "op", "--host", host, "--port", "1", "--connections", "2"]) == 1
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("trioproto: cannot connect to ")
+    assert complaint in line
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--connections", "0"], "'0' is not a number, 1 to 10000"),
+        (["--connections", "0"], "must be between 1 and 10000, not '0'"),
         (["--connections", "2", "--processes", "3"], "--processes 3 is more than --connections 2"),
         (["--size", "1048576", "--depth", "65"], "--depth times --size is more than 67108864 bytes"),
-        (["--rate", "0"], "'0' is not a rate"),
-        (["--rate", "inf"], "'inf' is not a rate"),
-        (["--plot", "latency.pdf"], "latency.pdf ends neither in .svg nor in .png"),
-        (["--json", "/"], "/ cannot be written"),
-        (["--json", "/no/such/directory/file"], "/no/such/directory/file cannot be written"),
+        (["--rate", "0"], "must be above 0, not '0'"),
+        (["--rate", "inf"], "must be a number, not 'inf'"),
+        (["--rate", "1e300"], "must be at most 1e+09, not '1e300'"),
+        (["--plot", "latency.pdf"], "must end in .svg or .png, not 'latency.pdf'"),
+        (["--json", "/"], "cannot write to '/'"),
+        (["--json", "/no/such/directory/file"], "cannot write to '/no/such/directory/file'"),
+        (["--json", "/no/" + 300 * "a"], "cannot write to '/no/aaa"),
         (["--operands", "3"], "unrecognized arguments: --operands 3"),
     ],
 )

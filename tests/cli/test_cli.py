@@ -13,7 +13,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,9 @@ import os, resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**20 - 1, 2**20 - 1))
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
+
+# As a user's environment is: Python writes what it has buffered when it ends.
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 # A terminal sends its Ctrl-C to the processes that it controls: that takes a session of one's own.
 LOG_IN = "import os, sys; os.login_tty(0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
@@ -151,6 +154,18 @@ def accept(listener: socket.socket) -> socket.socket:
     return connection
 
 
+def without(redirection: str, *words: str | bytes) -> list[str | bytes]:
+    """Return ``words`` as a command line that a shell runs with a redirection such as ``>&-``."""
+    return ["sh", "-c", f'exec "$@" {redirection}', "sh", *words]
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @contextlib.contextmanager
 def closed_pipe() -> Iterator[int]:
     """Give the end of a pipe to write to, with nobody at the other end."""
@@ -212,11 +227,11 @@ def test_version_costs_no_start() -> None:
 
 
 @pytest.mark.parametrize("words", [[], ["echo"], ["op"], ["echo-client"], ["op-client"]])
-def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     """Every ``--help`` shows an example, in ASCII, which every terminal knows."""
     with pytest.raises(SystemExit) as ended:
         main([*words, "--help"])
-    help_ = capsys.readouterr().out
+    help_ = capfd.readouterr().out
     assert ended.value.code == 0
     assert f"\nexample:\n  {' '.join(['trioproto', *words])}" in help_
     assert help_.isascii()
@@ -226,12 +241,19 @@ def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "complaint"),
     [
         ("", "required: COMMAND"),
-        ("echo --port nine", "'nine' is not a port, 0 to 65535"),
-        ("op --port 65536", "'65536' is not a port, 0 to 65535"),
-        ("op-client --port -1", "'-1' is not a port, 0 to 65535"),
-        ("echo --tick often", "'often' is not a time in seconds, above 0"),
-        ("op --tick 0", "'0' is not a time in seconds, above 0"),
-        ("op --tick inf", "'inf' is not a time in seconds, above 0"),
+        ("echo --port nine", "argument --port: must be a whole number, not 'nine'"),
+        ("op --port 65536", "argument --port: must be between 0 and 65535, not '65536'"),
+        ("op-client --port -1", "argument --port: must be between 0 and 65535, not '-1'"),
+        ("echo --workers 0", "argument --workers: must be at least 1, not '0'"),
+        ("echo --tick often", "argument --tick: must be a number, not 'often'"),
+        ("op --tick 0", "argument --tick: must be above 0, not '0'"),
+        ("op --tick inf", "argument --tick: must be a number, not 'inf'"),
+        ("op-client --timeout nan", "argument --timeout: must be a number, not 'nan'"),
+        ("op --host=", "argument --host: must not be empty"),
+        ("echo-client --unix=", "argument --unix: must not be empty"),
+        ("echo-client --tls --tls-ca= hello", "argument --tls-ca: must not be empty"),
+        ("op-client --unix socket --port 1 1 +", "either to --unix or to --host and --port"),
+        ("echo-client --host ::1 --unix socket", "either to --unix or to --host and --port"),
         ("echo-client --stdin hello", "not allowed with argument"),
         ("op-client +", "0 operands: a request has 1 to 255"),
         ("op-client " + "1 " * 256 + "+", "256 operands: a request has 1 to 255"),
@@ -245,6 +267,17 @@ def test_wrong_arguments(words: str, complaint: str) -> None:
     done = run(*words.split())
     assert (done.returncode, done.stdout) == (2, b"")
     assert complaint in done.stderr.decode().splitlines()[-1]
+
+
+@pytest.mark.parametrize("client", ["echo-client", "op-client"])
+def test_documented_options(client: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """README's table of the clients' options lists each of them, and no other."""
+    with pytest.raises(SystemExit):
+        main([client, "--help"])
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    table = readme.partition("Both clients take these options:\n")[2].partition("\n\n`pip")[0]
+    option = re.compile(r"--[a-z][a-z-]+")
+    assert {*option.findall(table), "--help", "--stdin"} == {*option.findall(capfd.readouterr().out), "--stdin"}
 
 
 # Servers
@@ -263,18 +296,19 @@ def test_server_says_where_it_listens(monkeypatch: pytest.MonkeyPatch) -> None:
         assert finish(server).stdout == b""
 
 
-def test_ipv6() -> None:
-    """A server on an IPv6 address prints it in brackets, and a client reaches it there."""
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_ipv6(host: str) -> None:
+    """A server on an IPv6 address prints it in brackets, and a client reaches it there; both take it either way."""
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         pytest.skip("no IPv6 here")
-    with running(command("op", "--host", "::1", "--port", "0")) as server:
+    with running(command("op", "--host", host, "--port", "0")) as server:
         assert server.stdout is not None
         line = read_until(server.stdout.fileno(), b"\n").decode()
         assert line.startswith("trioproto op listening on [::1]:")
         port = line.strip().rpartition(":")[2]
-        assert run("op-client", "--host", "::1", "--port", port, "1", "2", "+").stdout == b"3\n"
+        assert run("op-client", "--host", host, "--port", port, "1", "2", "+").stdout == b"3\n"
         server.terminate()
         assert server.wait(TIMEOUT) == 0
 
@@ -297,6 +331,22 @@ def test_server_ends_on_signal(number: signal.Signals) -> None:
         [line] = done.stderr.splitlines()
         assert b"accepted 1, active 0, crashed 0" in line
         assert client.recv(1) == b""
+
+
+def test_second_signal_ends_a_server_at_once() -> None:
+    """A server that waits for a request under way ends at a second signal, with status 0."""
+    with (
+        running(command("op", "--port", "0", "--grace", "3600")) as server,
+        socket.socket() as client,
+    ):
+        assert server.stdout is not None
+        client.connect(("127.0.0.1", int(read_until(server.stdout.fileno(), b"\n").rpartition(b":")[2])))
+        client.sendall(b"\x01")
+        server.terminate()
+        time.sleep(0.5)  # two signals at once are one
+        assert server.poll() is None
+        server.terminate()
+        assert finish(server).returncode == 0
 
 
 def test_port_in_use() -> None:
@@ -344,7 +394,23 @@ def test_socket_and_host(workers: str, tmp_path: Path) -> None:
 def test_server_nobody_listens_to() -> None:
     """A server that cannot say where it listens fails."""
     with closed_pipe() as stdout, running(command("echo", "--port", "0"), stdout=stdout) as server:
-        assert "cannot write to standard output" in failure(finish(server))
+        assert failure(finish(server)) == "trioproto: nobody reads standard output any more"
+
+
+def test_server_whose_output_is_closed(tmp_path: Path) -> None:
+    """A server whose standard output was closed on purpose serves all the same."""
+    path = tmp_path / "socket"
+    with running(without(">&-", *command("echo", "--unix", str(path)))) as server:
+        wait_for(path.exists)
+        assert run("echo-client", "--unix", str(path), "hello").stdout == b"hello\n"
+        server.terminate()
+        assert finish(server).returncode == 0
+
+
+def test_server_whose_input_is_closed() -> None:
+    """A server that is to stop at the end of standard input fails if that was closed before it began."""
+    with running(without("<&-", *command("echo", "--port", "0", "--stop-at-eof"))) as server:
+        assert failure(finish(server)) == "trioproto: cannot read standard input: Bad file descriptor"
 
 
 def test_tick() -> None:
@@ -553,7 +619,7 @@ def bar_of(words: list[str | bytes], file: Path) -> bytes:
 
 def test_standard_error_closed(echo_port: str) -> None:
     """``--stdin`` needs no standard error."""
-    words = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command("echo-client", "--port", echo_port, "--stdin")]
+    words = without("2>&-", *command("echo-client", "--port", echo_port, "--stdin"))
     done = subprocess.run(words, input=b"hello", stdout=subprocess.PIPE, timeout=TIMEOUT, check=False)
     assert (done.returncode, done.stdout) == (0, b"hello")
 
@@ -596,7 +662,54 @@ def test_standard_input_that_cannot_be_read(echo_port: str) -> None:
         Path(os.devnull).open("wb") as stdin,
         running(command("echo-client", "--port", echo_port, "--stdin"), stdin=stdin) as client,
     ):
-        assert "standard input or output failed: Bad file descriptor" in failure(finish(client))
+        assert failure(finish(client)) == "trioproto: cannot read standard input: Bad file descriptor"
+
+
+@pytest.mark.parametrize("redirection", [">&-", ">/dev/full"])
+def test_standard_output_that_cannot_be_written(redirection: str, echo_port: str, op_port: str) -> None:
+    """An answer that cannot be written is a failure, and so are help and version: nothing vanishes."""
+    for words in (
+        ["echo-client", "--port", echo_port, "hello"],
+        ["echo-client", "--port", echo_port],
+        ["op-client", "--port", op_port, "1", "+"],
+        ["op-client", "--port", op_port],
+        ["--version"],
+        ["op", "--help"],
+    ):
+        done = subprocess.run(
+            without(redirection, *command(*words)), env=BUFFERED, capture_output=True, timeout=TIMEOUT, check=False
+        )
+        assert failure(done).startswith("trioproto: cannot write to standard output: ")
+
+
+def test_full_disk_for_a_server() -> None:
+    """A server that cannot say where it listens has one failure to report, and not a second one as it exits."""
+    words = without(">/dev/full", *command("echo", "--port", "0"))
+    done = subprocess.run(words, env=BUFFERED, capture_output=True, timeout=TIMEOUT, check=False)
+    assert failure(done) == "trioproto: cannot write to standard output: No space left on device"
+
+
+@pytest.mark.parametrize("words", ["echo-client hello", "echo-client", "op-client", "op-client 1 +"])
+def test_standard_input_closed(words: str, echo_port: str, op_port: str) -> None:
+    """Clients that need no input do without it; the others fail."""
+    port = echo_port if words.startswith("echo") else op_port
+    with running(without("<&-", *command(*words.split(), "--port", port))) as client:
+        done = finish(client)
+    if words.endswith("client"):
+        assert failure(done) == "trioproto: cannot read standard input: Bad file descriptor"
+    else:
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_failure_without_standard_error() -> None:
+    """A failure that cannot be reported is an exit status: standard output is not for it."""
+    done = subprocess.run(
+        without("2>&-", *command("op-client", "--port", "1", "1", "+")),
+        stdout=subprocess.PIPE,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, b"")
 
 
 # Servers that are not there, or not for long
@@ -690,7 +803,120 @@ def test_connection_breaks() -> None:
         assert line.endswith("look at the server's log")
 
 
+# Servers that do not answer
+
+
+@pytest.mark.parametrize(
+    "words", ["echo-client hello", "op-client 1 +", "echo-client", "op-client", "echo-client --stdin"]
+)
+def test_no_reply(words: str) -> None:
+    """A client waits for a reply no longer than it is told to, and says for what it has waited."""
+    with listen() as listener:
+        port = port_of(listener)
+        line = failure(run(*words.split(), "--port", port, "--timeout", "0.2", stdin=b"1 1 +\n"))
+    assert line == f"trioproto: no reply from 127.0.0.1:{port} within 0.2 s; look at the server's log"
+
+
+def test_no_reply_to_a_later_message() -> None:
+    """Each reply has the whole time."""
+    words = command("echo-client", "--timeout", "1", "one", "two", "six")
+    with (
+        listen() as listener,
+        running([*words, "--port", port_of(listener)]) as client,
+        accept(listener) as connection,
+    ):
+        for _ in range(2):
+            message = connection.recv(3, socket.MSG_WAITALL)
+            time.sleep(0.6)
+            connection.sendall(message)
+        assert connection.recv(3, socket.MSG_WAITALL) == b"six"
+        done = finish(client)
+    assert "no reply" in failure(done)
+    assert done.stdout == b"one\ntwo\n"
+
+
+def test_pipe_times_replies_not_input() -> None:
+    """``--stdin`` may wait for its input for any time, and the echo may come slowly, as long as it comes."""
+    words = command("echo-client", "--stdin", "--timeout", "1")
+    with listen() as listener, running([*words, "--port", port_of(listener)]) as client:
+        assert client.stdin is not None
+        assert client.stdout is not None
+        with accept(listener) as connection:
+            time.sleep(1.2)
+            client.stdin.write(b"abc")
+            assert connection.recv(3, socket.MSG_WAITALL) == b"abc"
+            for byte in (b"a", b"b", b"c"):
+                time.sleep(0.5)
+                connection.sendall(byte)
+                assert read_until(client.stdout.fileno(), byte) == byte
+            time.sleep(1.2)
+            client.stdin.write(b"d")
+            assert connection.recv(1) == b"d"
+            assert "no reply" in failure(finish(client))
+
+
+def test_no_connection() -> None:
+    """A client waits for a connection no longer than it is told to, and says so."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        port = port_of(full)
+        waiting = [socket.socket() for _ in range(4)]  # more than the queue has room for: the kernel drops the others
+        for client in waiting:
+            client.settimeout(0)
+            client.connect_ex(("127.0.0.1", int(port)))
+        line = failure(run("op-client", "--port", port, "--timeout", "0.3", "1", "+"))
+        for client in waiting:
+            client.close()
+    assert line.startswith(f"trioproto: cannot connect to 127.0.0.1:{port}: no answer within 0.3 s; ")
+
+
+def test_no_handshake() -> None:
+    """A client waits for a TLS handshake no longer than it is told to, and says so."""
+    with listen() as listener:
+        port = port_of(listener)
+        line = failure(run("echo-client", "--port", port, "--tls", "--timeout", "0.3", "hello"))
+    assert line.startswith(f"trioproto: no TLS handshake with 127.0.0.1:{port} within 0.3 s; ")
+
+
+# UNIX sockets
+
+
+@pytest.mark.parametrize(
+    ("server", "words", "answer"), [("echo", "echo-client hello", b"hello\n"), ("op", "op-client 1 2 +", b"3\n")]
+)
+def test_unix_socket(server: str, words: str, answer: bytes, tmp_path: Path) -> None:
+    """``--unix`` takes a client to a server's UNIX socket; where nobody listens, it says how to start one."""
+    path = str(tmp_path / "a socket")
+    line = failure(run(*words.split(), "--unix", path))
+    assert line.startswith(f"trioproto: cannot connect to unix:{path}: No such file or directory; ")
+    assert line.endswith(f" python -m trioproto {server} --unix '{path}'")
+    with running(command(server, "--unix", path)) as process:
+        assert process.stdout is not None
+        read_until(process.stdout.fileno(), b"\n")
+        assert run(*words.split(), "--unix", path).stdout == answer
+        process.terminate()
+        assert finish(process).returncode == 0
+
+
 # Ctrl-C
+
+
+def test_second_interrupt() -> None:
+    """A Ctrl-C that comes when the first one has ended the command already is too late to say anything about."""
+    program = (
+        "import atexit, os, signal, sys\n"
+        "from trioproto.cli.main import main\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "sys.exit(main())"
+    )
+    with (
+        listen() as listener,
+        running([sys.executable, "-c", program, "echo-client", "--port", port_of(listener)]) as client,
+    ):
+        assert client.stdout is not None
+        read_until(client.stdout.fileno(), b"quit): ")
+        client.send_signal(signal.SIGINT)
+        done = finish(client)
+    assert (done.returncode, done.stderr) == (130, b"")
 
 
 def test_interrupted_dialogue(echo_port: str) -> None:

@@ -19,7 +19,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tls")
     ca = trustme.CA()
     ca.cert_pem.write_to_path(directory / "ca.pem")
-    for name, identity in (("server", "127.0.0.1"), ("client", "someone@example.org")):
+    for name, identity in (("server", "127.0.0.1"), ("local", "localhost"), ("client", "someone@example.org")):
         cert = ca.issue_cert(identity)
         cert.private_key_pem.write_to_path(directory / f"{name}.key")
         cert.cert_chain_pems[0].write_to_path(directory / f"{name}.pem")
@@ -76,6 +76,26 @@ def test_empty_pipe(files: Path, port: str) -> None:
     """``--stdin`` without any input is done at once."""
     done = ask(port, *with_certificate(files), "--stdin")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+@pytest.mark.parametrize(("name", "status"), [("local", 0), ("server", 1)])
+def test_unix_socket(files: Path, name: str, status: int, tmp_path: Path) -> None:
+    """On a UNIX socket, which has no host, the server's certificate must name localhost."""
+    path = tmp_path / "socket"
+    options = f"--tls-cert {files}/{name}.pem --tls-key {files}/{name}.key --unix {path}"
+    with subprocess.Popen(
+        [*COMMAND, "op", *options.split()], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as server:
+        assert server.stdout is not None
+        server.stdout.readline()
+        words = f"op-client --unix {path} --tls --tls-ca {files}/ca.pem 1 2 +"
+        done = subprocess.run([*COMMAND, *words.split()], capture_output=True, timeout=TIMEOUT, check=False)
+        server.terminate()
+        assert server.wait(TIMEOUT) == 0
+    if status == 0:
+        assert (done.returncode, done.stdout) == (0, b"3\n")
+    else:
+        assert "CERTIFICATE_VERIFY_FAILED" in failure(done)
 
 
 def test_unknown_authority(port: str) -> None:

@@ -36,6 +36,8 @@ from trioproto.streams import RECEIVE_SIZE
 BACK_OFF = 0.1
 # How long, after the load has ended, replies that are still due are waited for.
 DRAIN = 1.0
+# The error that counts replies that are not those to the requests.
+WRONG_REPLY = "wrong reply"
 # How often a load generator reports.
 REPORT_INTERVAL = 0.25
 
@@ -132,8 +134,12 @@ class Measurement:
 
 
 @contextlib.asynccontextmanager
-async def local_server(protocol: str) -> AsyncIterator[tuple[str, int]]:
+async def local_server(protocol: str, connections: int) -> AsyncIterator[tuple[str, int]]:
     """Run ``python -m trioproto PROTOCOL`` on a free port while the block runs; then stop it with SIGTERM.
+
+    Args:
+        protocol: ``"echo"`` or ``"op"``.
+        connections: how many it serves at once. Those beyond its limit would measure how long they wait in a queue.
 
     Yields:
         Its host and port.
@@ -142,7 +148,8 @@ async def local_server(protocol: str) -> AsyncIterator[tuple[str, int]]:
         BenchError: if it does not start. Why not is on standard error.
     """
     async with trio.open_nursery() as nursery:
-        server = await nursery.start(_run_python, "-m", "trioproto", protocol, "--port", "0")
+        options = ("--port", "0", "--max-connections", str(connections))
+        server = await nursery.start(_run_python, "-m", "trioproto", protocol, *options)
         line = b""
         async for chunk in server.stdout:
             line += chunk
@@ -361,7 +368,7 @@ class _Connection:
     async def open(self) -> None:
         try:
             self._stream = await self._generator.connect()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: the host is not even a name
             self._fail(error)
         # Connections begin at different places in the cycle: replies to another one's requests are wrong.
         self._sent = self._number
@@ -476,7 +483,7 @@ class _Connection:
         messages, measurement = self._generator.messages, self._generator.measurement
         start, self._received = self._received, self._received + len(received)
         if self._received > self._sent * messages.reply_size or not messages.right(start, received):
-            raise _UselessError("wrong reply")
+            raise _UselessError(WRONG_REPLY)
         complete = self._received // messages.reply_size - start // messages.reply_size
         measurement.answered += complete
         for _ in range(complete):

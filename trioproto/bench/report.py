@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from trioproto.addresses import format_address
 from trioproto.bench.histogram import Histogram
-from trioproto.bench.load import Load, Measurement
+from trioproto.bench.load import WRONG_REPLY, Load, Measurement
 
 _PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9, "max": 100.0}
 # From this share on, a load generator may be what limits the rate.
@@ -41,7 +41,7 @@ def progress(load: Load) -> Iterator[Callable[[Measurement], object]]:
         total=load.duration,
         desc=load.protocol,
         bar_format="{desc} {percentage:3.0f}% |{bar}| {n:.1f}/{total:.1f} s{postfix}",
-        disable=not sys.stderr.isatty(),
+        disable=sys.stderr is None or not sys.stderr.isatty(),  # None: it was closed before Python began
         leave=False,
         # Draw each time that `show` is called: it is not called too often.
         mininterval=0,
@@ -84,6 +84,18 @@ def table(load: Load, measurement: Measurement) -> str:
             f"Try --processes {load.processes + 1}, if there are processors for them.",
         ]
     return "\n".join(lines)
+
+
+def failure(load: Load, measurement: Measurement) -> str | None:
+    """Say why the server is not one that ``load`` can measure; None if it is."""
+    where = format_address((load.host, load.port))
+    if wrong := measurement.errors[WRONG_REPLY]:
+        what = f"{wrong:,} replies from {where} are wrong"
+    elif not measurement.answered:
+        what = f"{where} answered no request"
+    else:
+        return None
+    return f"{what}; is an {load.protocol} server running there?"
 
 
 def _description(load: Load) -> str:

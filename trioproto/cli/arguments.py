@@ -1,7 +1,6 @@
 """What the commands' arguments may be, and how a command says that it failed."""
 
 import argparse
-import contextlib
 import math
 from collections.abc import Callable
 
@@ -12,32 +11,56 @@ class CommandError(Exception):
     """What ends a command with exit status 1: one line that says what to do."""
 
 
-def whole(what: str, least: int, most: float = math.inf) -> Callable[[str], int]:
-    """Return an argument type: an integer from ``least`` to ``most``, called ``what`` if it is none."""
-    span = f"{least} or more" if most == math.inf else f"{least} to {most}"
+def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """Return an argument type: an integer from ``least`` to ``most``."""
+    span = f"at least {least}" if most == math.inf else f"between {least} and {most}"
 
     def convert(text: str) -> int:
-        with contextlib.suppress(ValueError):
-            if least <= (number := int(text)) <= most:
-                return number
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}, {span}")
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"must be {span}, not {text!r}")
+        return number
 
     return convert
 
 
-def positive(what: str) -> Callable[[str], float]:
-    """Return an argument type: a number above 0, called ``what`` if it is none."""
+def positive(most: float = math.inf) -> Callable[[str], float]:
+    """Return an argument type: a finite number above 0, up to ``most``."""
 
     def convert(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if 0 < (number := float(text)) < math.inf:
-                return number
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}, above 0")
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise argparse.ArgumentTypeError(f"must be a number, not {text!r}")
+        if number <= 0:
+            raise argparse.ArgumentTypeError(f"must be above 0, not {text!r}")
+        if number > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most:g}, not {text!r}")
+        return number
 
     return convert
 
 
-port = whole("a port", 0, 0xFFFF)
-count = whole("a number", 1)
-descriptor = whole("a file descriptor", 0)
-seconds = positive("a time in seconds")
+def not_empty(text: str) -> str:
+    """Refuse an empty argument, such as that of a shell's variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def host(text: str) -> str:
+    """Convert a host argument: an IPv6 address may stand in brackets, as servers print it and as URLs have it."""
+    if text.startswith("[") and text.endswith("]") and ":" in text:
+        text = text[1:-1]
+    return not_empty(text)
+
+
+port = whole(0, 0xFFFF)
+count = whole(1)
+descriptor = whole(0)
+seconds = positive()

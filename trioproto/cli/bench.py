@@ -11,7 +11,8 @@ from pathlib import Path
 import trio
 
 from trioproto.bench.load import Load, local_server, measure
-from trioproto.cli.arguments import PORTS, CommandError, port, positive, seconds, whole
+from trioproto.cli.arguments import PORTS, CommandError, host, port, positive, seconds, whole
+from trioproto.cli.standard import write_text
 from trioproto.op import MAX_OPERANDS
 from trioproto.process.service import HOST
 
@@ -20,6 +21,7 @@ _MAX_DEPTH = 65_536
 _MAX_SIZE = 2**20
 _MAX_IN_FLIGHT = 2**26
 _MAX_PROCESSES = 64
+_MAX_RATE = 1e9
 # Bars that are longer are no easier to compare.
 _MAX_WIDTH = 100
 
@@ -36,7 +38,7 @@ async def _bench(args: argparse.Namespace) -> None:
 
     server: contextlib.AbstractAsyncContextManager[tuple[str, int]]
     if args.host is None and args.port is None:
-        server = local_server(args.protocol)
+        server = local_server(args.protocol, args.connections)
     else:
         server = contextlib.nullcontext((args.host or HOST, PORTS[args.protocol] if args.port is None else args.port))
     stop = trio.Event()
@@ -50,11 +52,10 @@ async def _bench(args: argparse.Namespace) -> None:
                 raise KeyboardInterrupt
 
             nursery.start_soon(interrupt)
-            async with server as (host, number):
+            async with server as address:
                 load = Load(
                     args.protocol,
-                    host,
-                    number,
+                    *address,
                     connections=args.connections,
                     size=args.size,
                     depth=args.depth,
@@ -66,10 +67,8 @@ async def _bench(args: argparse.Namespace) -> None:
                     measurement = await measure(load, stop, on_progress)
             nursery.cancel_scope.cancel()
 
-    print(report.table(load, measurement))
-    print()
     width = min(_MAX_WIDTH, shutil.get_terminal_size().columns)
-    print(report.terminal_plot(measurement.latencies, width), flush=True)
+    write_text(f"{report.table(load, measurement)}\n\n{report.terminal_plot(measurement.latencies, width)}\n")
     if args.json:
         with _writing(args.json):
             report.write_json(args.json, load, measurement, interrupted=stop.is_set())
@@ -78,6 +77,8 @@ async def _bench(args: argparse.Namespace) -> None:
             report.write_plot(args.plot, load, measurement)
     if stop.is_set():
         raise KeyboardInterrupt
+    if failure := report.failure(load, measurement):
+        raise CommandError(failure)
 
 
 @contextlib.contextmanager
@@ -89,17 +90,17 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _plot_file(text: str) -> Path:
-    path = Path(text)
-    if path.suffix not in (".svg", ".png"):
-        raise argparse.ArgumentTypeError(f"{text} ends neither in .svg nor in .png")
+    if Path(text).suffix not in (".svg", ".png"):
+        raise argparse.ArgumentTypeError(f"must end in .svg or .png, not {text!r}")
     return _output_file(text)
 
 
 def _output_file(text: str) -> Path:
     """Refuse a file that could not be written, before minutes are spent on what is to be written to it."""
     path = Path(text)
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text} cannot be written")
+    # os.path, because a Path's methods raise where a name is too long or a directory is closed to this user.
+    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else path.parent, os.W_OK):  # noqa: PTH110, PTH112
+        raise argparse.ArgumentTypeError(f"cannot write to {text!r}")
     return path
 
 
@@ -131,11 +132,13 @@ def _add_bench_protocol(protocols: "argparse._SubParsersAction[argparse.Argument
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(run=_bench, protocol=protocol, error=command.error)
-    command.add_argument("--host", help=f"name or address of the server (default: {HOST} if --port is given)")
+    command.add_argument(
+        "--host", type=host, help=f"name or address of the server (default: {HOST} if --port is given)"
+    )
     command.add_argument("--port", type=port, help=f"the server's port (default: {PORTS[protocol]} if --host is given)")
     command.add_argument(
         "--connections",
-        type=whole("a number", 1, _MAX_CONNECTIONS),
+        type=whole(1, _MAX_CONNECTIONS),
         default=50,
         metavar="N",
         help="default: %(default)s",
@@ -143,7 +146,7 @@ def _add_bench_protocol(protocols: "argparse._SubParsersAction[argparse.Argument
     if protocol == "echo":
         command.add_argument(
             "--size",
-            type=whole("a number", 1, _MAX_SIZE),
+            type=whole(1, _MAX_SIZE),
             default=64,
             metavar="BYTES",
             help="of a message (default: %(default)s)",
@@ -152,14 +155,14 @@ def _add_bench_protocol(protocols: "argparse._SubParsersAction[argparse.Argument
         command.add_argument(
             "--operands",
             dest="size",
-            type=whole("a number", 1, MAX_OPERANDS),
+            type=whole(1, MAX_OPERANDS),
             default=3,
             metavar="N",
             help="in a request (default: %(default)s)",
         )
     command.add_argument(
         "--depth",
-        type=whole("a number", 1, _MAX_DEPTH),
+        type=whole(1, _MAX_DEPTH),
         default=1,
         metavar="N",
         help="the most requests in flight on each connection (default: %(default)s)",
@@ -169,14 +172,14 @@ def _add_bench_protocol(protocols: "argparse._SubParsersAction[argparse.Argument
     )
     command.add_argument(
         "--rate",
-        type=positive("a rate in requests a second"),
+        type=positive(_MAX_RATE),
         metavar="N",
         help="an open loop: this many requests a second over all connections, whether or not the server keeps up; "
         "latencies count from when a request was due (default: a closed loop, which waits for replies)",
     )
     command.add_argument(
         "--processes",
-        type=whole("a number", 1, _MAX_PROCESSES),
+        type=whole(1, _MAX_PROCESSES),
         default=1,
         metavar="N",
         help="that generate the load (default: %(default)s)",

@@ -1,9 +1,11 @@
 """What the client commands do between standard input, a server, and standard output.
 
-The prompts and answers are those of the article's C programs, word for word.
+The prompts and answers are those of the article's C programs, word for word. Each function raises `trio.TooSlowError`
+if the server does not reply within ``reply_timeout`` seconds, and `CommandError` if standard input or output fails.
 """
 
 import contextlib
+import math
 import os
 import stat
 import sys
@@ -11,22 +13,20 @@ from collections.abc import Callable, Iterator, Sequence
 
 import trio
 
+from trioproto.cli.standard import STDIN, read_input, write_output
 from trioproto.echo import echo_request
 from trioproto.op import MAX_OPERANDS, Request, op_request
 
-_STDIN = 0
-_STDOUT = 1
-# As much as a pipe holds by default (pipe(7)); a hop to a thread for less would cost more than it moves.
-_PIPE_SIZE = 65536
 
-
-async def echo_messages(stream: trio.abc.Stream, messages: Sequence[bytes]) -> None:
+async def echo_messages(stream: trio.abc.Stream, messages: Sequence[bytes], reply_timeout: float) -> None:
     """Have each of ``messages`` echoed, and print what comes back, a line each."""
     for message in messages:
-        await _write(await echo_request(stream, message) + b"\n")
+        with trio.fail_after(reply_timeout):
+            reply = await echo_request(stream, message)
+        await _write(reply + b"\n")
 
 
-async def echo_dialogue(stream: trio.abc.Stream) -> None:
+async def echo_dialogue(stream: trio.abc.Stream, reply_timeout: float) -> None:
     """Ask for messages and print their echoes, until one is ``q`` or ``Q`` or the input ends."""
     lines = _Input()
     while True:
@@ -34,28 +34,34 @@ async def echo_dialogue(stream: trio.abc.Stream) -> None:
         line = await lines.line()
         if line in (b"", b"q\n", b"Q\n", b"q", b"Q"):
             return
-        reply = await echo_request(stream, line)
+        with trio.fail_after(reply_timeout):
+            reply = await echo_request(stream, line)
         await _write(b"Message from server: " + reply + (b"" if reply.endswith(b"\n") else b"\n"))
 
 
-async def echo_pipe(stream: trio.abc.Stream) -> None:
+async def echo_pipe(stream: trio.abc.Stream, reply_timeout: float) -> None:
     """Send standard input to an echo server and write what comes back to standard output, both at once.
 
     Done when the input has ended and as many bytes have come back; TLS has no half-close to end it otherwise.
+    ``reply_timeout`` bounds the time between two pieces of the echo, as long as some of it is due. Input and output may
+    take any time.
 
     Raises:
         EOFError: if the server ended the connection before the input had ended and all of it been echoed.
     """
     sent = received = 0
     input_ended = False
+    receiving = trio.CancelScope()
     with _progress_bar() as advance:
         async with trio.open_nursery() as nursery:
 
             async def send() -> None:
                 nonlocal sent, input_ended
                 while chunk := await _read():
-                    await stream.send_all(chunk)
+                    if received == sent:  # nothing was due until now
+                        receiving.deadline = trio.current_time() + reply_timeout
                     sent += len(chunk)
+                    await stream.send_all(chunk)
                 input_ended = True
                 if isinstance(stream, trio.abc.HalfCloseableStream):
                     await stream.send_eof()
@@ -63,7 +69,11 @@ async def echo_pipe(stream: trio.abc.Stream) -> None:
                     nursery.cancel_scope.cancel()
 
             nursery.start_soon(send)
-            async for chunk in stream:
+            while True:
+                with trio.fail_after(reply_timeout if received < sent else math.inf) as receiving:
+                    chunk = await stream.receive_some()
+                if not chunk:
+                    break
                 await _write(chunk)
                 advance(len(chunk))
                 received += len(chunk)
@@ -75,13 +85,14 @@ async def echo_pipe(stream: trio.abc.Stream) -> None:
         raise EOFError(f"end of stream after {received} of {sent} bytes" + ("" if input_ended else " and more"))
 
 
-async def op_answer(stream: trio.abc.Stream, request: Request) -> None:
+async def op_answer(stream: trio.abc.Stream, request: Request, reply_timeout: float) -> None:
     """Have ``request`` answered, and print the bare result."""
-    result = await op_request(stream, request.operands, request.operator)
+    with trio.fail_after(reply_timeout):
+        result = await op_request(stream, request.operands, request.operator)
     await _write(f"{result}\n".encode())
 
 
-async def op_dialogue(stream: trio.abc.Stream) -> None:
+async def op_dialogue(stream: trio.abc.Stream, reply_timeout: float) -> None:
     """Ask for one request's operands and operator, and print the result.
 
     Raises:
@@ -99,7 +110,8 @@ async def op_dialogue(stream: trio.abc.Stream) -> None:
         operands.append(await words.integer())
     await _write(b"Operator: ")
     operator = (await words.word()).decode(errors="backslashreplace")
-    result = await op_request(stream, operands, operator)
+    with trio.fail_after(reply_timeout):
+        result = await op_request(stream, operands, operator)
     await _write(f"Operation result: {result}\n".encode())
 
 
@@ -144,16 +156,11 @@ class _Input:
 # A terminal or pipe may keep a read or a write waiting for ever. A cancellation, above all by Ctrl-C, leaves the
 # thread behind then.
 async def _read() -> bytes:
-    return await trio.to_thread.run_sync(os.read, _STDIN, _PIPE_SIZE, abandon_on_cancel=True)
+    return await trio.to_thread.run_sync(read_input, abandon_on_cancel=True)
 
 
 async def _write(data: bytes | bytearray) -> None:
-    def write_all() -> None:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(_STDOUT, rest) :]
-
-    await trio.to_thread.run_sync(write_all, abandon_on_cancel=True)
+    await trio.to_thread.run_sync(write_output, data, abandon_on_cancel=True)
 
 
 @contextlib.contextmanager
@@ -168,7 +175,7 @@ def _progress_bar() -> Iterator[Callable[[int], object]]:
     except ImportError:
         yield lambda _: None
         return
-    status = os.fstat(_STDIN)
+    status = os.fstat(STDIN)
     total = status.st_size if stat.S_ISREG(status.st_mode) else None
     disable = sys.stderr is None or not sys.stderr.isatty()  # None: it was closed before Python began
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=disable) as bar:

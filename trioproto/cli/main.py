@@ -3,21 +3,24 @@
 import argparse
 import contextlib
 import functools
+import io
 import logging
 import os
+import shlex
 import signal
 import ssl
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import trio
 
 from trioproto.addresses import failure_reason, format_address
 from trioproto.bench.load import BenchError
-from trioproto.cli.arguments import PORTS, CommandError, count, descriptor, port, seconds
+from trioproto.cli.arguments import PORTS, CommandError, count, descriptor, host, not_empty, port, seconds
 from trioproto.cli.bench import add_bench
 from trioproto.cli.clients import echo_dialogue, echo_messages, echo_pipe, op_answer, op_dialogue
+from trioproto.cli.standard import check_input, reserve_descriptors, write_text
 from trioproto.connection import IDLE_TIMEOUT, REQUEST_TIMEOUT
 from trioproto.echo import echo_handler
 from trioproto.op import Request, op_handler
@@ -32,6 +35,10 @@ _log = logging.getLogger("trioproto")
 _HANDLERS = {"echo": echo_handler, "op": op_handler}
 _OPERATOR_NAMES = {"add": "+", "sub": "-", "mul": "*"}
 
+CLIENT_TIMEOUT = 30.0
+# A UNIX socket has no host that a server's certificate could name, but it is always on this machine.
+_UNIX_SERVER_NAME = "localhost"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -42,28 +49,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 failed, 130 interrupted. Wrong arguments end the process with 2.
     """
-    parser = _parser()
-    args = parser.parse_args(arguments)
-    _check_tls_options(parser, vars(args))
+    reserve_descriptors()
     status = 0
     try:
+        args = _parse(arguments)
         trio.run(args.run, args)
     except* (CommandError, BenchError) as group:
         # However deep the nursery was in which it happened, one line is enough.
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
-        print(f"trioproto: {error}", file=sys.stderr)
+        if sys.stderr is not None:  # None: it was closed before Python began
+            print(f"trioproto: {error}", file=sys.stderr)
         status = 1
     except* KeyboardInterrupt:
+        # A second Ctrl-C has nothing left to end, and would make the interpreter show a traceback as it ends.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         status = 128 + signal.SIGINT
     return status
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    help_ = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(help_):
+            args = parser.parse_args(arguments)
+    finally:
+        # By itself, argparse ignores that help could not be written.
+        write_text(help_.getvalue())
+    _check_options(parser, vars(args))
+    return args
 
 
 async def _serve(args: argparse.Namespace) -> None:
     level = logging.DEBUG if args.verbose else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     context = _server_context(args)
+    if args.stop_at_eof:
+        check_input()
     fds = [*activated_fds(), *args.fd]
     # The default host is listened on only if there is nothing else to listen on.
     tcp_port = args.port if args.host or (args.unix is None and not fds) else None
@@ -107,10 +131,8 @@ def _server_context(args: argparse.Namespace) -> ssl.SSLContext | None:
 
 
 def _print_address(protocol: str, address: str) -> None:
-    try:
-        print(f"trioproto {protocol} listening on {address}", flush=True)
-    except OSError as error:
-        raise CommandError(f"cannot write to standard output: {error.strerror}") from None
+    if sys.stdout is not None:  # None: whoever started this closed it and does not want to know
+        write_text(f"trioproto {protocol} listening on {address}\n")
 
 
 def _worker_command(args: argparse.Namespace, fds: Sequence[int]) -> list[str]:
@@ -145,56 +167,85 @@ async def _log_stats(stats: ServerStats) -> None:
 async def _echo_client(args: argparse.Namespace) -> None:
     async with _connected(args) as stream:
         if args.stdin:
-            await echo_pipe(stream)
+            await echo_pipe(stream, args.timeout)
         elif args.messages:
-            await echo_messages(stream, [os.fsencode(message) for message in args.messages])
+            await echo_messages(stream, [os.fsencode(message) for message in args.messages], args.timeout)
         else:
-            await echo_dialogue(stream)
+            await echo_dialogue(stream, args.timeout)
 
 
 async def _op_client(args: argparse.Namespace) -> None:
     async with _connected(args) as stream:
         if args.request is None:
             try:
-                await op_dialogue(stream)
+                await op_dialogue(stream, args.timeout)
             except ValueError as error:
                 raise CommandError(str(error)) from None
         else:
-            await op_answer(stream, args.request)
+            await op_answer(stream, args.request, args.timeout)
 
 
 @contextlib.asynccontextmanager
 async def _connected(args: argparse.Namespace) -> AsyncIterator[trio.abc.Stream]:
-    where = format_address((args.host, args.port))
+    """Connect to the server, over TLS if that is asked for; what goes wrong in the block is a `CommandError`."""
+    context = _client_context(args)
+    server_name = args.host or HOST
+    tcp_port = PORTS[args.protocol] if args.port is None else args.port
+    if args.unix is None:
+        where = format_address((server_name, tcp_port))
+        options = f"--host {shlex.quote(server_name)} --port {tcp_port}"
+    else:
+        where = format_address(args.unix)
+        options = f"--unix {shlex.quote(args.unix)}"
+        server_name = _UNIX_SERVER_NAME
+    advice = f"if no server runs there, start one: python -m trioproto {args.protocol} {options}"
+    in_time = f"within {args.timeout:g} s"
+    stream: trio.abc.Stream
     try:
-        tcp = await trio.open_tcp_stream(args.host, args.port)
+        with _within(args.timeout, f"cannot connect to {where}: no answer {in_time}; {advice}"):
+            if args.unix is None:
+                stream = await trio.open_tcp_stream(server_name, tcp_port)
+            else:
+                stream = await trio.open_unix_socket(args.unix)
     except (OSError, UnicodeError) as error:
+        raise CommandError(f"cannot connect to {where}: {failure_reason(error)}; {advice}") from None
+    try:
+        if context is not None:
+            stream = tls = trio.SSLStream(stream, context, server_hostname=server_name)
+            with _within(args.timeout, f"no TLS handshake with {where} {in_time}; does the server speak TLS?"):
+                await tls.do_handshake()
+        yield stream
+        with trio.move_on_after(args.timeout):  # TLS sends a last message
+            await stream.aclose()
+    except* trio.TooSlowError:
+        raise CommandError(f"no reply from {where} {in_time}; look at the server's log") from None
+    except* EOFError as group:
+        raise CommandError(f"{where} ended the connection: {failure_reason(group)}; look at the server's log") from None
+    except* trio.BrokenResourceError as group:
         raise CommandError(
-            f"cannot connect to {where}: {failure_reason(error)}; if no server runs there, start one: "
-            f"python -m trioproto {args.protocol} --host {args.host} --port {args.port}"
+            f"the connection to {where} broke: {failure_reason(group)}; look at the server's log"
         ) from None
-    stream: trio.abc.Stream = tcp
-    if args.tls:
-        try:
-            context = client_context(args.tls_ca, args.tls_cert, args.tls_key)
-        except OSError as error:
-            raise CommandError(_TLS_ADVICE.format(failure_reason(error))) from None
-        stream = trio.SSLStream(tcp, context, server_hostname=args.host)
-    async with stream:
-        try:
-            yield stream
-        except* EOFError as group:
-            raise CommandError(
-                f"{where} ended the connection: {failure_reason(group)}; look at the server's log"
-            ) from None
-        except* trio.BrokenResourceError as group:
-            raise CommandError(
-                f"the connection to {where} broke: {failure_reason(group)}; look at the server's log"
-            ) from None
-        except* BrokenPipeError:
-            raise CommandError("nobody reads standard output any more") from None
-        except* OSError as group:  # The stream raises none (trio.abc.Stream).
-            raise CommandError(f"standard input or output failed: {failure_reason(group)}") from None
+    finally:
+        await trio.aclose_forcefully(stream)
+
+
+@contextlib.contextmanager
+def _within(seconds: float, failure: str) -> Iterator[None]:
+    """Bound the time that the block takes; if it takes longer, raise `CommandError` with ``failure``."""
+    try:
+        with trio.fail_after(seconds):
+            yield
+    except trio.TooSlowError:
+        raise CommandError(failure) from None
+
+
+def _client_context(args: argparse.Namespace) -> ssl.SSLContext | None:
+    if not args.tls:
+        return None
+    try:
+        return client_context(args.tls_ca, args.tls_cert, args.tls_key)
+    except OSError as error:
+        raise CommandError(_TLS_ADVICE.format(failure_reason(error))) from None
 
 
 _LISTEN_ADVICE = {
@@ -337,8 +388,11 @@ def _command(
     return command
 
 
-def _check_tls_options(parser: argparse.ArgumentParser, options: dict[str, object]) -> None:
+def _check_options(parser: argparse.ArgumentParser, options: dict[str, object]) -> None:
     """An option that would be without effect is a mistake: without ``--tls``, a client would ask in plain."""
+    is_client = "timeout" in options
+    if is_client and options["unix"] is not None and (options["host"], options["port"]) != (None, None):
+        parser.error("a client connects either to --unix or to --host and --port")
     switch = "tls" if "tls" in options else "tls_cert"
     for name in ("tls_ca", "tls_cert", "tls_key", "tls_client_ca"):
         if options.get(name) and not options.get(switch):
@@ -350,10 +404,12 @@ def _check_tls_options(parser: argparse.ArgumentParser, options: dict[str, objec
 def _add_server_options(command: argparse.ArgumentParser, protocol: str) -> None:
     where = command.add_argument_group("where it listens")
     where.add_argument(
-        "--host", action="append", metavar="HOST", help=f"name or address; may be repeated (default: {HOST})"
+        "--host", type=host, action="append", metavar="HOST", help=f"name or address; may be repeated (default: {HOST})"
     )
     where.add_argument("--port", type=port, default=PORTS[protocol], help="0 picks a free one (default: %(default)s)")
-    where.add_argument("--unix", metavar="PATH", help="a UNIX socket that only this user may connect to")
+    where.add_argument(
+        "--unix", type=not_empty, metavar="PATH", help="a UNIX socket that only this user may connect to"
+    )
     where.add_argument(
         "--fd",
         type=descriptor,
@@ -392,9 +448,11 @@ def _add_server_options(command: argparse.ArgumentParser, protocol: str) -> None
         help="after SIGTERM or SIGINT, for requests that are under way (default: %(default)s)",
     )
     tls = command.add_argument_group("TLS")
-    tls.add_argument("--tls-cert", metavar="FILE", help="speak TLS with this certificate (PEM)")
-    tls.add_argument("--tls-key", metavar="FILE", help="its private key, if not in the same file")
-    tls.add_argument("--tls-client-ca", metavar="FILE", help="serve only clients with a certificate signed by these")
+    tls.add_argument("--tls-cert", type=not_empty, metavar="FILE", help="speak TLS with this certificate (PEM)")
+    tls.add_argument("--tls-key", type=not_empty, metavar="FILE", help="its private key, if not in the same file")
+    tls.add_argument(
+        "--tls-client-ca", type=not_empty, metavar="FILE", help="serve only clients with a certificate signed by these"
+    )
     command.add_argument(
         "--workers", type=count, default=1, metavar="N", help="processes that share the work (default: %(default)s)"
     )
@@ -404,10 +462,26 @@ def _add_server_options(command: argparse.ArgumentParser, protocol: str) -> None
 
 
 def _add_client_options(command: argparse.ArgumentParser, protocol: str) -> None:
-    command.add_argument("--host", default=HOST, help="name or address (default: %(default)s)")
-    command.add_argument("--port", type=port, default=PORTS[protocol], help="default: %(default)s")
+    command.add_argument("--host", type=host, help=f"name or address (default: {HOST})")
+    command.add_argument("--port", type=port, help=f"default: {PORTS[protocol]}")
+    command.add_argument(
+        "--unix", type=not_empty, metavar="PATH", help="connect to this UNIX socket instead of HOST and PORT"
+    )
+    command.add_argument(
+        "--timeout",
+        type=seconds,
+        default=CLIENT_TIMEOUT,
+        metavar="SECONDS",
+        help="the most that each of these may take: connecting, the TLS handshake, a reply (default: %(default)s)",
+    )
     tls = command.add_argument_group("TLS")
-    tls.add_argument("--tls", action="store_true", help="speak TLS; the server's certificate must name HOST")
-    tls.add_argument("--tls-ca", metavar="FILE", help="who may sign it (PEM; default: those that this system trusts)")
-    tls.add_argument("--tls-cert", metavar="FILE", help="this client's own certificate")
-    tls.add_argument("--tls-key", metavar="FILE", help="its private key, if not in the same file")
+    tls.add_argument(
+        "--tls",
+        action="store_true",
+        help=f"speak TLS; the server's certificate must name HOST, with --unix {_UNIX_SERVER_NAME}",
+    )
+    tls.add_argument(
+        "--tls-ca", type=not_empty, metavar="FILE", help="who may sign it (PEM; default: those that this system trusts)"
+    )
+    tls.add_argument("--tls-cert", type=not_empty, metavar="FILE", help="this client's own certificate")
+    tls.add_argument("--tls-key", type=not_empty, metavar="FILE", help="its private key, if not in the same file")
