@@ -626,6 +626,26 @@ def test_bench_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+def test_no_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """When the system does not start another process, bench says so in one line."""
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    for options in ([], ["--port", "1"]):
+        assert main(["bench", "echo", *options]) == 1
+        assert capsys.readouterr().err == "trioproto: cannot start /no/such/python: No such file or directory\n"
+
+
+def test_more_connections_than_descriptors() -> None:
+    """Connections for which there are no descriptors are errors in the report; the others are measured."""
+    words = [*BENCH, "echo", "--connections", "200", "--duration", "0.3"]
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -n 100; exec "$@"', "sh", *words], capture_output=True, check=False, timeout=20
+    )
+    assert b"Traceback" not in done.stderr
+    assert done.returncode == 0
+    assert re.search(rb"^answered +[1-9]", done.stdout, re.MULTILINE)
+    assert re.search(rb"^ +[1-9]\d* too many open files$", done.stdout, re.MULTILINE)
+
+
 def test_the_port_of_a_host(capsys: pytest.CaptureFixture[str]) -> None:
     """A host without a port is asked at the protocol's own port."""
     assert main(["bench", "op", "--host", "127.255.255.254"]) == 1

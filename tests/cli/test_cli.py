@@ -244,6 +244,7 @@ def test_help(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
         ("echo --port nine", "argument --port: must be a whole number, not 'nine'"),
         ("op --port 65536", "argument --port: must be between 0 and 65535, not '65536'"),
         ("op-client --port -1", "argument --port: must be between 0 and 65535, not '-1'"),
+        ("echo --fd 99999999999", "argument --fd: must be between 0 and 2147483647, not '99999999999'"),
         ("echo --workers 0", "argument --workers: must be at least 1, not '0'"),
         ("echo --tick often", "argument --tick: must be a number, not 'often'"),
         ("op --tick 0", "argument --tick: must be above 0, not '0'"),
@@ -801,6 +802,12 @@ def test_connection_breaks() -> None:
         line = failure(finish(client))
         assert line.startswith(f"trioproto: the connection to 127.0.0.1:{port_of(listener)} broke: Connection reset")
         assert line.endswith("look at the server's log")
+
+
+def test_argument_with_a_line_end() -> None:
+    """A failure is one line, and no terminal's command, whatever is in an argument that it repeats."""
+    line = failure(run("op-client", "--host", "two\nlines\x1b[31m", "1", "+"))
+    assert line.startswith(r"trioproto: cannot connect to two\nlines\x1b[31m:9191: ")
 
 
 # Servers that do not answer

@@ -164,15 +164,18 @@ async def local_server(protocol: str, connections: int) -> AsyncIterator[tuple[s
 
 async def _run_python(*arguments: str, task_status: trio.TaskStatus[trio.Process]) -> None:
     """Run this Python with ``arguments``; on cancellation, end it with SIGTERM."""
-    await trio.run_process(
-        [sys.executable, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        check=False,
-        # A Ctrl-C in the terminal is for us alone: we end the others in order.
-        process_group=0,
-        task_status=task_status,
-    )
+    try:
+        await trio.run_process(
+            [sys.executable, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            check=False,
+            # A Ctrl-C in the terminal is for us alone: we end the others in order.
+            process_group=0,
+            task_status=task_status,
+        )
+    except OSError as error:
+        raise BenchError(f"cannot start {sys.executable}: {failure_reason(error)}") from None
 
 
 async def measure(load: Load, stop: trio.Event, on_progress: Callable[[Measurement], object]) -> Measurement:
@@ -503,9 +506,10 @@ async def _generate(load: Load, number: int) -> None:
             generator.update(trio.current_time())
             report()
 
-    await generator.open()
-    report()
+    # First, because the connections may take all the descriptors that there are.
     async with trio.lowlevel.FdStream(os.dup(0)) as orders:
+        await generator.open()
+        report()
         if not await orders.receive_some(1):
             return  # whoever started this has gone
 

@@ -62,5 +62,5 @@ def host(text: str) -> str:
 
 port = whole(0, 0xFFFF)
 count = whole(1)
-descriptor = whole(0)
+descriptor = whole(0, 2**31 - 1)  # what an int of C holds
 seconds = positive()

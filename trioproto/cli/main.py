@@ -60,13 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         if sys.stderr is not None:  # None: it was closed before Python began
-            print(f"trioproto: {error}", file=sys.stderr)
+            print(f"trioproto: {_escaped(str(error))}", file=sys.stderr)
         status = 1
     except* KeyboardInterrupt:
         # A second Ctrl-C has nothing left to end, and would make the interpreter show a traceback as it ends.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         status = 128 + signal.SIGINT
     return status
+
+
+def _escaped(text: str) -> str:
+    """Keep ``text`` in one line, and from controlling a terminal, whatever an argument in it holds."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
