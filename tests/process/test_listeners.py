@@ -2,12 +2,16 @@
 
 # ruff: noqa: ASYNC240 - nothing else runs that a look at a file could hold up
 
+import contextlib
 import errno
+import fcntl
 import os
 import re
 import socket
 import stat
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +20,11 @@ import pytest
 import trio
 
 from trioproto.process.listeners import (
+    ENDING_FDS,
     ListenError,
     activated_fds,
     close_listeners,
+    ending_fds,
     inherited_listener,
     open_listeners,
     tcp_listeners,
@@ -26,6 +32,7 @@ from trioproto.process.listeners import (
 )
 
 LIMIT = 20  # seconds, for a test that would otherwise hang
+ROOT = Path(__file__).parents[2]
 NOT_ACCEPTED = 0.3  # seconds: less than it takes until a lost attempt to connect is repeated
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="a filter of Linux")
@@ -239,9 +246,12 @@ async def test_unix_no_socket(kind: str, path: Path) -> None:
     else:
         path.symlink_to("elsewhere")
     before = path.lstat()
-    with pytest.raises(OSError, match=os.strerror(errno.EADDRINUSE)), unix_listener(str(path)):
+    complaint = "a directory is there" if kind == "directory" else "a file that is no socket is there"
+    with pytest.raises(OSError, match=complaint) as caught, unix_listener(str(path)):
         pass
+    assert caught.value.errno == errno.EADDRINUSE
     assert os.path.samestat(path.lstat(), before)
+    assert list(Path.cwd().iterdir()) == [path.absolute()]
 
 
 @pytest.mark.usefixtures("umask")
@@ -262,10 +272,109 @@ async def test_unix_replaced(path: Path) -> None:
     await listener.aclose()
 
 
-async def test_unix_removed(path: Path) -> None:
-    """A file that somebody has removed is not missed."""
+async def test_unix_removed(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file that somebody has removed is not missed, nor is its directory."""
+    for remove_directory in (False, True):
+        directory = Path("directory")
+        directory.mkdir()
+        with unix_listener("directory/socket") as listener:
+            (directory / "socket").unlink()
+            if remove_directory:
+                directory.rmdir()
+        if not remove_directory:
+            directory.rmdir()
+        await listener.aclose()
+    assert caplog.messages == []
+
+
+async def test_unix_that_cannot_be_removed(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file that cannot be removed costs one warning."""
+    directory = Path("directory")
+    directory.mkdir()
+    with unix_listener("directory/socket") as listener:
+        directory.rename("elsewhere")
+        directory.write_text("no directory")
+    await listener.aclose()
+    [message] = caplog.messages
+    assert message == "cannot remove unix:directory/socket: Not a directory; the next server there will"
+
+
+async def test_unix_in_another_directory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path means the same file in the end, wherever the process has gone by then."""
     with unix_listener(str(path)) as listener:
-        path.unlink()
+        file = path.absolute()
+        monkeypatch.chdir("/")
+    assert not file.exists()
+    await listener.aclose()
+
+
+# Listens on a path for each line that it reads, says how that went, and stops with the next line.
+RACER = """
+import sys
+from trioproto.process.listeners import unix_listener
+for _ in sys.stdin:
+    try:
+        with unix_listener(sys.argv[1]):
+            print("listening", flush=True)
+            sys.stdin.readline()
+    except OSError as error:
+        print(error.errno, flush=True)
+        sys.stdin.readline()
+"""
+
+
+def test_unix_race(path: Path) -> None:
+    """Of servers that start at the same time on a stale file, one listens, and it is the one that clients reach."""
+    words = [sys.executable, "-c", RACER, str(path.absolute())]
+    commands, answers = [], []
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            racer = stack.enter_context(
+                subprocess.Popen(words, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            )
+            stack.callback(racer.kill)
+            commands.append(racer.stdin)
+            answers.append(racer.stdout)
+
+        def tell_all() -> None:
+            for command in commands:
+                assert command is not None
+                command.write("\n")
+                command.flush()
+
+        for _ in range(200):
+            with socket.socket(socket.AF_UNIX) as dead:
+                dead.bind(str(path))
+            tell_all()
+            assert sorted(answer.readline() for answer in answers if answer is not None) == [
+                *[f"{errno.EADDRINUSE}\n"] * 3,
+                "listening\n",
+            ]
+            connect(path).close()
+            tell_all()
+            while path.exists():
+                time.sleep(0.001)
+        assert not list(Path.cwd().iterdir())
+
+
+async def test_unix_lock_that_another_has_removed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock on a file that has been removed meanwhile is none: whoever comes next would make, and lock, another."""
+    locked = []
+
+    def flock(fd: int, operation: int) -> None:
+        locked.append(os.fstat(fd).st_ino)
+        lock_file = path.with_name("socket.lock")
+        if len(locked) == 1:
+            lock_file.unlink()
+        elif len(locked) == 2:
+            lock_file.unlink()
+            lock_file.touch()
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with unix_listener(str(path)) as listener, connect(path) as client:
+        await echo_once(listener, client)
+        assert len(locked) == 3
+        assert list(Path.cwd().iterdir()) == [path.absolute()]
     await listener.aclose()
 
 
@@ -342,17 +451,42 @@ async def test_no_port(path: Path) -> None:
     [
         ({"host": "192.0.2.1"}, "tcp", errno.EADDRNOTAVAIL, r"192\.0\.2\.1:0: Cannot assign requested address"),
         ({"host": "a" * 64}, "tcp", None, "a{64}:0: .*label.* too long"),
-        ({"unix": "missing/socket"}, "unix", errno.ENOENT, "unix:missing/socket: No such file or directory"),
-        ({"unix": "x" * 200}, "unix", None, "unix:x+: AF_UNIX path too long"),
+        (
+            {"unix": "missing/socket"},
+            "unix",
+            errno.ENOENT,
+            "unix:missing/socket: .*: create the directory /.*/missing first",
+        ),
+        ({"unix": "file/socket"}, "unix", errno.ENOTDIR, "unix:file/socket: Not a directory: .*/file must be a .*"),
+        ({"unix": "new/"}, "unix", errno.ENOENT, "unix:new/: No such file or directory: .*"),
+        ({"unix": "."}, "unix", errno.EADDRINUSE, "unix:.: a directory is there, and is left alone"),
+        ({"unix": ""}, "unix", errno.EADDRINUSE, "unix: a directory is there, and is left alone"),
+        ({"unix": "file"}, "unix", errno.EADDRINUSE, "unix:file: a file that is no socket is there, and is left alone"),
+        ({"unix": "live"}, "unix", errno.EADDRINUSE, "unix:live: .* in use: stop the server that listens there"),
+        (
+            {"unix": "x" * 108},
+            "unix",
+            errno.ENAMETOOLONG,
+            "unix:x+: the path of a UNIX socket has at most 107 bytes: .*",
+        ),
         ({"unix": "zero\0"}, "unix", None, r"unix:zero\\x00: embedded null byte"),
         ({"fds": [9999]}, "fd", errno.EBADF, "descriptor 9999: Bad file descriptor"),
+        ({"fds": [10**20]}, "fd", errno.EBADF, "descriptor 10{20}: Bad file descriptor"),
+        ({"fds": [2**31]}, "fd", errno.EBADF, "descriptor 2147483648: Bad file descriptor"),
         ({"fds": ["not listening"]}, "fd", None, "descriptor [0-9]+: SocketListener requires .*"),
     ],
     ids=str,
 )
 async def test_listen_error(settings: dict[str, Any], kind: str, number: int | None, text: str, path: Path) -> None:
     """Whatever cannot be listened on, the error is an `OSError` that names it, and the others are closed."""
-    with socket.create_server(("127.0.0.1", 0)) as parents, socket.socket() as not_listening:
+    Path("file").touch()
+    with (
+        socket.create_server(("127.0.0.1", 0)) as parents,
+        socket.socket() as not_listening,
+        socket.socket(socket.AF_UNIX) as live,
+    ):
+        live.bind("live")
+        live.listen()
         inherited = os.dup(parents.fileno())
         fds = [not_listening.fileno() if fd == "not listening" else fd for fd in settings.get("fds", [])]
         given: dict[str, Any] = {
@@ -433,7 +567,18 @@ def test_not_activated() -> None:
     assert activated_fds() == []
 
 
-def test_activated_without_a_count(environment: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", [None, "", "many", "-1"])
+def test_activated_without_a_count(count: str | None, environment: pytest.MonkeyPatch) -> None:
     """Without a number there are none, either."""
     environment.setenv("LISTEN_PID", str(os.getpid()))
+    if count is not None:
+        environment.setenv("LISTEN_FDS", count)
     assert activated_fds() == []
+
+
+def test_ending(environment: pytest.MonkeyPatch) -> None:
+    """What a supervisor tells its worker is not told to the worker's own children."""
+    assert ending_fds() == []
+    environment.setenv(ENDING_FDS, "5 7")
+    assert ending_fds() == [5, 7]
+    assert ENDING_FDS not in os.environ

@@ -255,7 +255,7 @@ def _client_context(args: argparse.Namespace) -> ssl.SSLContext | None:
 
 _LISTEN_ADVICE = {
     "tcp": "choose another --host or --port, or stop what listens there",
-    "unix": "choose another --unix path, or stop what listens there",
+    "unix": "or choose another --unix path",
     "fd": "it must be a listening socket that this process inherits",
 }
 _TLS_ADVICE = (

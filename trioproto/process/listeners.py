@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import logging
 import os
 import socket
 import stat
@@ -16,10 +17,25 @@ import trio
 
 from trioproto.addresses import failure_reason, format_address
 
+_log = logging.getLogger(__name__)
+
 # The first inherited descriptor, by systemd's convention (sd_listen_fds(3)).
 _LISTEN_FDS_START = 3
 
+# The environment variable by which a supervisor tells its worker what `ending_fds` returns.
+ENDING_FDS = "TRIOPROTO_ENDING_FDS"
+
 _MAX_PORT = 0xFFFF
+
+_MAX_UNIX_PATH = 107  # unix(7): sun_path, without the byte that ends it
+
+# What must be so for a UNIX socket's file to be made, by the error that says that it is not.
+_UNIX_ADVICE = {
+    errno.ENOENT: "create the directory {} first",
+    errno.ENOTDIR: "{} must be a directory",
+    errno.EACCES: "this user must be able to write to the directory {}",
+    errno.EROFS: "the directory {} must be on a file system that can be written to",
+}
 
 _SO_ATTACH_FILTER = 26  # asm-generic/socket.h; the socket module does not name it
 
@@ -45,7 +61,9 @@ class ListenError(OSError):
     """
 
     def __init__(self, kind: Kind, where: str, cause: Exception) -> None:
-        super().__init__(getattr(cause, "errno", None), f"cannot listen on {where}: {failure_reason(cause)}")
+        # What we raise ourselves says more than the system would.
+        reason = getattr(cause, "strerror", None) or failure_reason(cause)
+        super().__init__(getattr(cause, "errno", None), f"cannot listen on {where}: {reason}")
         self.kind = kind
 
     def __str__(self) -> str:
@@ -74,7 +92,7 @@ async def open_listeners(
         port: 0 to 65535; 0 lets the kernel pick one for each address. None: ``host`` is not listened on.
         host: the name or address to listen on, or several of them.
         unix: the path of a UNIX socket; see `unix_listener`.
-        fds: inherited descriptors; see `inherited_listener`.
+        fds: inherited descriptors; see `inherited_listener`. One that is given twice is listened on once.
 
     Raises:
         ListenError: if it cannot listen on one of them.
@@ -90,7 +108,7 @@ async def open_listeners(
     listeners: list[trio.SocketListener] = []
     async with contextlib.AsyncExitStack() as accepting:
         try:
-            for fd in fds:
+            for fd in dict.fromkeys(fds):
                 with _listening_on("fd", f"descriptor {fd}"):
                     listeners.append(inherited_listener(fd))
             if unix is not None:
@@ -155,47 +173,102 @@ def _ignore_new_connections(listening: trio.socket.SocketType) -> None:
 def unix_listener(path: str) -> Iterator[trio.SocketListener]:
     """Listen on a UNIX socket at ``path``. When the block ends, no new connections can come in.
 
-    Only its owner may connect (mode 600). A socket file that nobody listens on any more is replaced. When the block
-    ends, the file is removed, unless another has taken its place; the listener stays open, for the connections that
-    are queued.
+    Only its owner may connect (mode 600). A socket file that nobody listens on any more is replaced; of servers that
+    start at the same time, one gets the path. When the block ends, the file is removed, unless another has taken its
+    place; if it cannot be removed, that is logged. The listener stays open, for the connections that are queued.
 
     Raises:
-        OSError: EADDRINUSE, if a server is alive behind ``path`` or it is no socket; and what bind(2) reports.
+        OSError: EADDRINUSE, if a server is alive behind ``path`` or it is no socket; and what bind(2) reports. The text
+            says what to do about it.
     """
-    file = Path(path)
-    _remove_stale(file)
+    file = Path(path).absolute()  # to be removed in the end, wherever this process has gone by then
+    if len(os.fsencode(path)) > _MAX_UNIX_PATH:
+        text = f"the path of a UNIX socket has at most {_MAX_UNIX_PATH} bytes: a relative one may be shorter"
+        raise OSError(errno.ENAMETOOLONG, text, path)
+    try:
+        with _lock_beside(file):
+            _remove_stale(file, path)
+            listening = _bind(path)
+            ours = file.lstat()
+    except OSError as error:
+        if error.errno not in _UNIX_ADVICE:
+            raise
+        advice = _UNIX_ADVICE[error.errno].format(file.parent)
+        raise OSError(error.errno, f"{error.strerror}: {advice}", path) from error
+    try:
+        yield trio.SocketListener(trio.socket.from_stdlib_socket(listening))
+    finally:
+        # This needs no lock: as long as the socket listens, no other server takes its file to be stale.
+        try:
+            if os.path.samestat(file.lstat(), ours):
+                file.unlink()
+        except FileNotFoundError:
+            pass  # somebody has removed it
+        except OSError as error:
+            _log.warning("cannot remove %s: %s; the next server there will", format_address(path), error.strerror)
+
+
+@contextlib.contextmanager
+def _lock_beside(file: Path) -> Iterator[None]:
+    """Keep other servers from starting on ``file`` while the block lasts.
+
+    No system call removes a file only if it is still the stale one. Of two servers that find the same stale file, the
+    slower one would remove what the faster one has just bound, and that would never have a client again. Between its
+    bind and its listen, too, a server looks as if it were dead. So all that happens under a lock, which the kernel
+    takes back even from a process that is killed.
+    """
+    lock = file.with_name(file.name + ".lock")
+    fd = _open_locked(lock)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(fd)
+
+
+def _open_locked(lock: Path) -> int:
+    import fcntl  # noqa: PLC0415 - not on Windows, where Python has no UNIX sockets either
+
+    while True:
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX)  # waits no longer than another server needs to bind
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), lock.lstat()):
+                return fd
+        # Who had the lock before has removed this very file, so somebody else may have locked the next one.
+        os.close(fd)
+
+
+def _remove_stale(file: Path, path: str) -> None:
+    """Remove the socket that a dead server left. Raise EADDRINUSE if anything else is there."""
+    try:
+        mode = file.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        kind = "a directory" if stat.S_ISDIR(mode) else "a file that is no socket"
+        raise OSError(errno.EADDRINUSE, f"{kind} is there, and is left alone", path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(0)  # a live server's full queue is an answer too
+        if probe.connect_ex(path) != errno.ECONNREFUSED:
+            text = f"{os.strerror(errno.EADDRINUSE)}: stop the server that listens there"
+            raise OSError(errno.EADDRINUSE, text, path)
+    file.unlink()
+
+
+def _bind(path: str) -> socket.socket:
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # The file must not be open to others for even a moment, so setting its mode cannot wait until after bind.
     umask = os.umask(0o177)
     try:
         listening.bind(path)
+        listening.listen(socket.SOMAXCONN)
     except OSError:
         listening.close()
         raise
     finally:
         os.umask(umask)
-    listening.listen(socket.SOMAXCONN)
-    ours = file.stat()
-    try:
-        yield trio.SocketListener(trio.socket.from_stdlib_socket(listening))
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(file.stat(), ours):
-                file.unlink()
-
-
-def _remove_stale(file: Path) -> None:
-    try:
-        is_socket = stat.S_ISSOCK(file.lstat().st_mode)
-    except FileNotFoundError:
-        return
-    if is_socket:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(0)  # a live server's full queue is an answer too
-            if probe.connect_ex(str(file)) == errno.ECONNREFUSED:
-                file.unlink()
-                return
-    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE), str(file))
+    return listening
 
 
 def inherited_listener(fd: int) -> trio.SocketListener:
@@ -205,7 +278,10 @@ def inherited_listener(fd: int) -> trio.SocketListener:
         OSError: EBADF or ENOTSOCK, if there is none.
         ValueError: if it is no listening stream socket.
     """
-    inherited = socket.socket(fileno=fd)
+    try:
+        inherited = socket.socket(fileno=fd)
+    except (OverflowError, ValueError):  # larger than any descriptor; beyond a C int, it counts as negative
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
     try:
         return trio.SocketListener(trio.socket.from_stdlib_socket(inherited))
     except ValueError:
@@ -221,6 +297,16 @@ def activated_fds() -> list[int]:
     pid = os.environ.pop("LISTEN_PID", "")
     count = os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)
-    if pid != str(os.getpid()) or not count:
+    if pid != str(os.getpid()) or not count.isdecimal():
         return []
     return list(range(_LISTEN_FDS_START, _LISTEN_FDS_START + int(count)))
+
+
+def ending_fds() -> list[int]:
+    """Return which of the descriptors that a worker inherits are of sockets that end with its supervisor.
+
+    Inherited sockets outlive a process, as a rule, and have another server. These have none: in a stop, it is up to the
+    workers to serve those who wait in their queues. The environment variable that tells of them (`ENDING_FDS`) is
+    removed, so that no child takes them for its own.
+    """
+    return [int(fd) for fd in os.environ.pop(ENDING_FDS, "").split()]
