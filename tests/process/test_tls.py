@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import os
+import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
@@ -12,6 +14,7 @@ import pytest
 import trio
 import trio.testing
 import trustme
+from cryptography.hazmat.primitives import serialization
 from helpers import MemoryListener, int32_bytes, request_bytes
 
 from trioproto import echo_handler, echo_request, op_handler, receive_exactly, serve_listeners
@@ -139,18 +142,78 @@ async def test_client_certificate(files: Files) -> None:
     assert names == (("DNS", "client.invalid"),)
 
 
-@pytest.mark.parametrize("missing", ["ca", "cert", "key"])
-@pytest.mark.parametrize("content", [None, "not PEM"])
-def test_files_that_are_none(missing: str, content: str | None, files: Files, tmp_path: Path) -> None:
-    """A file that is not there, or holds something else, is an `OSError`, on both sides."""
-    path = tmp_path / "file"
-    if content is not None:
-        path.write_text(content)
-    named = {"ca": files.ca, "cert": files.cert, "key": files.key, missing: str(path)}
-    with pytest.raises(OSError, match=r"No such file|PEM|NO_START_LINE|no start line|NO_CERTIFICATE"):
+def not_there(file: Path, files: Files) -> str:
+    """Nothing."""
+    return "cannot read FILE: No such file or directory"
+
+
+def directory(file: Path, files: Files) -> str:
+    """A directory."""
+    file.mkdir()
+    return "cannot read FILE: Is a directory"
+
+
+def not_pem(file: Path, files: Files) -> str:
+    """Something else."""
+    file.write_text("not PEM")
+    return "FILE has no certificate in PEM form|cannot use the private key in FILE: it has none in PEM form"
+
+
+def damaged(file: Path, files: Files) -> str:
+    """PEM that cannot be decoded."""
+    lines = Path(files.key if file.name == "key" else files.cert).read_bytes().splitlines()
+    file.write_bytes(b"\n".join([lines[0], b"!" * 64, *lines[1:]]))
+    return "FILE has no certificate in PEM form|cannot use the private key in FILE: .*"
+
+
+@pytest.mark.parametrize("content", [not_there, directory, not_pem, damaged])
+@pytest.mark.parametrize("wrong", ["ca", "cert", "key"])
+def test_wrong_file(wrong: str, content: Callable[[Path, Files], str], files: Files, tmp_path: Path) -> None:
+    """A file that is not there, or holds something else, is an `OSError` that names it, on both sides."""
+    path = tmp_path / wrong
+    complaint = content(path, files).replace("FILE", re.escape(repr(str(path))))
+    named = {"ca": files.ca, "cert": files.cert, "key": files.key, wrong: str(path)}
+    with pytest.raises(OSError, match=f"^({complaint})$"):
         server_context(named["cert"], named["key"], named["ca"])
-    with pytest.raises(OSError, match=r"No such file|PEM|NO_START_LINE|no start line|NO_CERTIFICATE"):
+    with pytest.raises(OSError, match=f"^({complaint})$"):
         client_context(named["ca"], named["cert"], named["key"])
+
+
+def test_key_of_another_certificate(files: Files, tmp_path: Path) -> None:
+    """A key that is not that of the certificate is an `OSError` that says so, even if it is of another kind."""
+    for key_type in (trustme.KeyType.ECDSA, trustme.KeyType.RSA):
+        key = tmp_path / "key.pem"
+        trustme.CA().issue_cert("localhost", key_type=key_type).private_key_pem.write_to_path(key)
+        with pytest.raises(OSError, match=f"the private key in {str(key)!r} is not that of the certificate in "):
+            server_context(files.cert, str(key), None)
+
+
+def test_no_key(files: Files) -> None:
+    """A certificate's file that holds no key is an `OSError` that says so, if there is no other file for it."""
+    with pytest.raises(OSError, match=f"cannot use the private key in {files.cert!r}: it has none in PEM form"):
+        server_context(files.cert, None, None)
+
+
+def test_encrypted_key(files: Files, tmp_path: Path) -> None:
+    """A key that is encrypted is an `OSError` that says so; nobody is asked for its passphrase."""
+    plain = serialization.load_pem_private_key(Path(files.key).read_bytes(), None)
+    encryption = serialization.BestAvailableEncryption(b"secret")
+    key = tmp_path / "key.pem"
+    key.write_bytes(
+        plain.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption),
+    )
+    with pytest.raises(OSError, match=f"the private key in {str(key)!r} is encrypted: decrypt it"):
+        server_context(files.cert, str(key), None)
+
+
+def test_pipe_with_a_wrong_certificate(files: Files) -> None:
+    """A pipe, which cannot be read again to find the error, does not hang."""
+    reading, writing = os.pipe()
+    os.write(writing, b"not PEM")
+    os.close(writing)
+    with pytest.raises(OSError, match=f"cannot use the certificate in .*{reading}.* or the private key in"):
+        server_context(f"/dev/fd/{reading}", files.key, None)
+    os.close(reading)
 
 
 # Clients that fail to shake hands.

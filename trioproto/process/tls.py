@@ -1,6 +1,8 @@
 """TLS contexts for both sides (RFC 8446), from PEM files."""
 
+import os
 import ssl
+from pathlib import Path
 
 
 def server_context(cert: str, key: str | None, client_ca: str | None) -> ssl.SSLContext:
@@ -13,12 +15,15 @@ def server_context(cert: str, key: str | None, client_ca: str | None) -> ssl.SSL
             not served then. None: clients need none.
 
     Raises:
-        OSError: if a file cannot be read, or does not hold what it should (`ssl.SSLError`).
+        OSError: if a file cannot be read, or does not hold what it should. The text says which, and why.
     """
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(cert, key)
+    _load_cert(context, cert, key)
     if client_ca is not None:
-        context.load_verify_locations(client_ca)
+        try:
+            context.load_verify_locations(client_ca)
+        except OSError as error:
+            raise _certificates_error(client_ca, error) from None
         context.verify_mode = ssl.CERT_REQUIRED
     return context
 
@@ -32,9 +37,55 @@ def client_context(ca: str | None, cert: str | None, key: str | None) -> ssl.SSL
         key: file with its private key; None if ``cert`` holds that too.
 
     Raises:
-        OSError: if a file cannot be read, or does not hold what it should (`ssl.SSLError`).
+        OSError: if a file cannot be read, or does not hold what it should. The text says which, and why.
     """
-    context = ssl.create_default_context(cafile=ca)
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except OSError as error:
+        raise _certificates_error(str(ca), error) from None
     if cert is not None:
-        context.load_cert_chain(cert, key)
+        _load_cert(context, cert, key)
     return context
+
+
+def _load_cert(context: ssl.SSLContext, cert: str, key: str | None) -> None:
+    key = cert if key is None else key
+
+    def refuse() -> str:
+        raise ValueError(f"the private key in {key!r} is encrypted: decrypt it with openssl pkey")
+
+    try:
+        # Without `refuse`, OpenSSL would ask for the key's passphrase on the terminal.
+        context.load_cert_chain(cert, key, refuse)
+    except ssl.SSLError as error:
+        raise _cert_error(cert, key, error) from None
+    except OSError as error:  # which does not say of which file
+        unreadable = cert if Path(cert).is_dir() or not os.access(cert, os.R_OK) else key
+        raise OSError(f"cannot read {unreadable!r}: {error.strerror}") from None
+    except ValueError as error:
+        raise OSError(str(error)) from None
+
+
+def _cert_error(cert: str, key: str, error: ssl.SSLError) -> OSError:
+    """Say which file is wrong, and how, when OpenSSL has read both and could not use them."""
+    if error.reason in (
+        "KEY_VALUES_MISMATCH",
+        "NO_CERTIFICATE_ASSIGNED",
+    ):  # the latter if they are not even of one kind
+        return OSError(f"the private key in {key!r} is not that of the certificate in {cert!r}")
+    if not Path(cert).is_file():  # a pipe cannot be read again
+        return OSError(
+            f"cannot use the certificate in {cert!r} or the private key in {key!r}: both must be in PEM form"
+        )
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cert)
+    except OSError as cert_error:
+        return _certificates_error(cert, cert_error)
+    return OSError(f"cannot use the private key in {key!r}: {error.reason or 'it has none in PEM form'}")
+
+
+def _certificates_error(file: str, error: OSError) -> OSError:
+    """Say why there are no certificates in ``file``."""
+    if isinstance(error, ssl.SSLError):
+        return OSError(f"{file!r} has no certificate in PEM form")
+    return OSError(f"cannot read {file!r}: {error.strerror}")
