@@ -15,8 +15,11 @@ import trio
 from helpers import reply_bytes, request_bytes
 from processes import ANSWER, COMMAND, HANGS, QUESTION, Server, paused, receive, receive_all, serving
 
+from trioproto.process.service import SAME_SIGNAL_SECONDS
+
 WORKERS = pytest.mark.parametrize("workers", ["--workers=1", "--workers=2"])
 STOPS_BY_FORCE = r"the grace period of 0\.5 s is over: cancelled what was left"
+SECOND_SIGNAL = r"a second signal: cancelled what was under way"
 
 # Runs a command as systemd does: with a listening socket as descriptor 3, and two variables that tell of it.
 AS_SYSTEMD = """
@@ -224,12 +227,17 @@ async def test_stop_with_stuck_clients() -> None:
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 async def test_second_signal(first: signal.Signals) -> None:
     """A second SIGTERM or SIGINT ends the server at once, with status 0, whoever is in the middle of a request."""
-    async with serving("op", "--grace=60") as server, await server.tcp() as stream, await server.tcp() as idle:
+    async with (
+        serving("op", "--grace=60", complaints=[SECOND_SIGNAL]) as server,
+        await server.tcp() as stream,
+        await server.tcp() as idle,
+    ):
         await server.answers(idle)
         await stream.send_all(QUESTION + QUESTION[:-1])
         assert await receive(stream, len(ANSWER)) == ANSWER
         server.stop(first)
         assert await receive_all(idle) == b""  # the stop has begun
+        await trio.sleep(SAME_SIGNAL_SECONDS)
         server.stop()
         with trio.fail_after(HANGS / 2):
             await server.process.wait()
@@ -237,7 +245,10 @@ async def test_second_signal(first: signal.Signals) -> None:
 
 async def test_second_signal_with_workers() -> None:
     """A second signal ends all workers at once, whoever is in the middle of a request."""
-    async with serving("op", "--workers=2", "--grace=60") as server, contextlib.AsyncExitStack() as stack:
+    async with (
+        serving("op", "--workers=2", "--grace=60", complaints=[SECOND_SIGNAL]) as server,
+        contextlib.AsyncExitStack() as stack,
+    ):
         workers = await server.workers(2)
         for worker in workers:
             [stream, idle, *_] = await connect_past(server, stack, worker)
@@ -245,10 +256,48 @@ async def test_second_signal_with_workers() -> None:
             assert await receive(stream, len(ANSWER)) == ANSWER
         server.stop()
         assert await receive_all(idle) == b""  # the stop has begun
+        await trio.sleep(SAME_SIGNAL_SECONDS)
         server.stop()
         with trio.fail_after(HANGS / 2):
             await server.process.wait()
         check_gone(workers)
+
+
+@pytest.mark.parametrize("first", ["supervisor", "workers"])
+@pytest.mark.parametrize("times", [1, 5])
+async def test_signals_to_all_processes(first: str, times: int) -> None:
+    """SIGTERM to supervisor and workers, as systemd and pkill send it, cuts nothing, in whatever order it comes."""
+    async with serving("op", "--workers=2", "--grace=60") as server, contextlib.AsyncExitStack() as stack:
+        workers = await server.workers(2)
+        half = []
+        for worker in workers:
+            half += await connect_past(server, stack, worker)
+        for stream in half:
+            await stream.send_all(QUESTION[:-1])
+        pids = [server.process.pid, *workers] if first == "supervisor" else [*workers, server.process.pid]
+        server.stopping = True
+        for _ in range(times):
+            for pid in pids:
+                os.kill(pid, signal.SIGTERM)
+            await trio.sleep(0.15)
+        for stream in half:
+            await stream.send_all(QUESTION[-1:])
+            assert await receive_all(stream) == ANSWER
+            await stream.aclose()
+        await server.process.wait()
+        check_gone(workers)
+
+
+async def test_signals_to_all_processes_while_workers_start() -> None:
+    """Even if no worker can receive a signal yet, those who had connected are served."""
+    async with serving("op", "--workers=2") as server, contextlib.AsyncExitStack() as stack:
+        queued = [await stack.enter_async_context(await server.tcp()) for _ in range(20)]
+        server.stopping = True
+        for pid in [*await server.workers(2), server.process.pid]:
+            os.kill(pid, signal.SIGTERM)
+        for stream in queued:
+            await server.answers(stream)
+            await stream.aclose()
 
 
 def check_gone(pids: Sequence[int]) -> None:
@@ -329,6 +378,53 @@ async def test_restart_on_an_inherited_socket(workers: str) -> None:
         assert load.refused == 0
 
 
+@WORKERS
+async def test_restart_at_the_limit(workers: str) -> None:
+    """So it is where clients wait for a place: they are left in the queue to the new server."""
+    with socket.create_server(("127.0.0.1", 0), backlog=1000) as listening:
+        fd = listening.fileno()
+        where, limit = [f"--fd={fd}"], "--max-connections=2"
+        async with (
+            serving("op", workers, limit, where=where, pass_fds=[fd]) as old,
+            contextlib.AsyncExitStack() as ends,
+        ):
+            nursery = await ends.enter_async_context(trio.open_nursery())
+            load = Load(old)
+            for _ in range(12):
+                nursery.start_soon(load.one_by_one)
+            await load.more(100)
+            await ends.enter_async_context(serving("op", workers, limit, where=where, pass_fds=[fd]))
+            await load.more(100)
+            old.stop()
+            await old.process.wait()
+            await load.more(100)
+            nursery.cancel_scope.cancel()
+        assert load.refused == 0
+
+
+async def test_stop_at_the_limit_of_an_inherited_socket() -> None:
+    """A server takes nobody from the queue in its stop whom the next server could serve."""
+    with socket.create_server(("127.0.0.1", 0), backlog=1000) as listening:
+        fd = listening.fileno()
+        where, limit = [f"--fd={fd}"], "--max-connections=2"
+        async with contextlib.AsyncExitStack() as stack:
+            async with serving("op", limit, where=where, pass_fds=[fd]) as old:
+                idle = [await stack.enter_async_context(await old.tcp()) for _ in range(2)]
+                for stream in idle:
+                    await old.answers(stream)
+                queued = [await stack.enter_async_context(await old.tcp()) for _ in range(6)]
+                old.stop()
+                for stream in idle:
+                    assert await receive_all(stream) == b""
+                    await stream.aclose()
+                await old.process.wait()
+                assert "accepted 2, active 0" in "".join(await old.rest_of_log())
+            async with serving("op", limit, where=where, pass_fds=[fd]) as new:
+                for stream in queued:
+                    await new.answers(stream)
+                    await stream.aclose()
+
+
 async def test_restart_on_a_port() -> None:
     """A port can be listened on again as soon as the old server has stopped, whatever connections it has had."""
     async with serving("op") as old:
@@ -376,6 +472,16 @@ async def test_systemd_socket_activate(tmp_path: Path) -> None:
             process.kill()
             with trio.CancelScope(shield=True):
                 await process.wait()
+
+
+@pytest.mark.parametrize("workers", ["--workers=1", "--workers=2"])
+async def test_systemd_socket_that_is_given_twice(workers: str) -> None:
+    """A socket that systemd passes may be named by ``--fd`` as well."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        fd = listening.fileno()
+        as_systemd = [sys.executable, "-c", AS_SYSTEMD, str(fd), "0"]
+        async with serving("op", workers, command=as_systemd, where=["--fd=3"], pass_fds=[fd]) as server:
+            await server.answers_anew()
 
 
 async def fails(protocol: str, *options: str) -> str:
@@ -440,6 +546,24 @@ async def test_unix_path_that_is_no_socket(tmp_path: Path) -> None:
     """A file that is no socket is never replaced, and a directory that is not there never made."""
     path = tmp_path / "precious"
     path.write_text("data")
-    assert "Address already in use" in await fails("op", "--unix", str(path))
+    assert f"unix:{path}: a file that is no socket is there" in await fails("op", "--unix", str(path))
     assert path.read_text() == "data"
-    assert "No such file or directory" in await fails("op", "--unix", str(tmp_path / "nowhere" / "op"))
+    nowhere = tmp_path / "nowhere"
+    assert f"create the directory {nowhere} first" in await fails("op", "--unix", str(nowhere / "op"))
+
+
+async def test_unix_socket_that_cannot_be_removed(tmp_path: Path) -> None:
+    """A server that cannot remove its file finishes what is under way all the same, and ends with status 0."""
+    directory = tmp_path / "directory"
+    directory.mkdir()
+    complaint = rf"cannot remove unix:{directory}/op: Not a directory; the next server there will"
+    where = ["--unix", str(directory / "op")]
+    async with serving("op", where=where, complaints=[complaint]) as server, await server.tcp() as stream:
+        await stream.send_all(QUESTION[:-1])
+        directory.rename(tmp_path / "elsewhere")
+        directory.write_text("no directory")
+        await trio.sleep(0.1)
+        server.stop()
+        await trio.sleep(0.3)
+        await stream.send_all(QUESTION[-1:])
+        assert await receive_all(stream) == ANSWER

@@ -1,6 +1,7 @@
 """A server as a process: what `serve_until_signal` promises an app, signals, and the order of things in a stop."""
 
 import contextlib
+import functools
 import inspect
 import logging
 import os
@@ -165,11 +166,11 @@ async def test_app(free_port: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("parameter", "option"), [("host", "--host"), ("max_connections", "--max-connections"), ("grace_period", "--grace")]
 )
-def test_defaults(parameter: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_defaults(parameter: str, option: str, capfd: pytest.CaptureFixture[str]) -> None:
     """An app's defaults are the command line's."""
     with pytest.raises(SystemExit):
         main(["echo", "--help"])
-    options = " ".join(capsys.readouterr().out.partition("where it listens")[2].split())
+    options = " ".join(capfd.readouterr().out.partition("where it listens")[2].split())
     found = re.search(rf"{option} [A-Z]+ [^()]*\(default: ([^)]*)\)", options)
     assert found
     assert str(inspect.signature(serve_until_signal).parameters[parameter].default) == found[1]
@@ -214,8 +215,9 @@ async def test_grace_period(caplog: pytest.LogCaptureFixture) -> None:
     assert "the grace period of 0.1 s is over: cancelled what was left" in caplog.messages
 
 
-async def test_second_signal_cancels_handlers() -> None:
+async def test_second_signal_cancels_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second signal cancels the handlers at once, and what would have been the last statistics is None."""
+    monkeypatch.setattr("trioproto.process.service.SAME_SIGNAL_SECONDS", 0.1)
     cancelled = trio.Event()
 
     async def handler(stream: trio.SocketStream) -> None:
@@ -229,6 +231,7 @@ async def test_second_signal_cancels_handlers() -> None:
     async with served(handler, grace_period=10 * HANGS) as server, await server.connect() as stream:
         server.send_signal()
         assert await stream.receive_some(1) == b"!"
+        await trio.sleep(0.2)
         assert not cancelled.is_set()
         server.send_signal()
         await server.ended.wait()
@@ -318,14 +321,50 @@ async def test_unix_socket(tmp_path: Path) -> None:
 
 
 async def test_inherited_descriptors() -> None:
-    """An app may be given listening sockets that it inherits; it closes them in the end."""
+    """An app may be given listening sockets that it inherits, even twice; it closes them in the end."""
     with socket.create_server(("127.0.0.1", 0)) as parents:
         fd = os.dup(parents.fileno())
-        async with served(port=None, fds=[fd]) as server, await server.connect() as stream:
+        async with served(port=None, fds=[fd, fd]) as server, await server.connect() as stream:
             assert server.addresses == [f"127.0.0.1:{parents.getsockname()[1]}"]
             assert await echo_request(stream, b"hello") == b"hello"
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(fd)
+
+
+@pytest.mark.parametrize("tls", [True, False])
+@pytest.mark.parametrize("ending", [True, False])
+async def test_queue_of_an_inherited_socket(ending: bool, tls: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
+    """Who waits in its queue when the stop begins is left to its next server, unless it ends with the supervisor."""
+    authority = trustme.CA()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(context)
+    serving, stopping = trio.Event(), trio.Event()
+
+    async def handler(stream: trio.abc.Stream) -> None:
+        serving.set()
+        await current_drain().began.wait()
+        stopping.set()
+        await trio.sleep(0.2)
+
+    with socket.create_server(("127.0.0.1", 0)) as parents:
+        fd = os.dup(parents.fileno())
+        if ending:
+            monkeypatch.setenv("TRIOPROTO_ENDING_FDS", str(fd))
+        settings = {"fds": [fd], "max_connections": 1, "ssl_context": context if tls else None}
+        async with served(handler, port=None, **settings) as server, await server.connect():
+            await serving.wait()
+            async with await server.connect():
+                server.send_signal()
+                await server.ended.wait()
+                assert stopping.is_set()
+                parents.settimeout(0)
+                if ending:
+                    with pytest.raises(BlockingIOError):
+                        parents.accept()
+                else:
+                    parents.accept()[0].close()
+        assert server.stats is not None
+        assert server.stats.accepted == (2 if ending else 1)
 
 
 async def test_tls() -> None:
@@ -366,6 +405,15 @@ async def test_standard_input_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> 
         assert await echo_request(stream, b"hello") == b"hello"
     assert os.read(reading, 100) == b"for the app"
     os.close(reading)
+
+
+async def test_standard_input_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``stop_at_eof``, a standard input that is closed has ended."""
+    monkeypatch.setattr("trioproto.process.service._STDIN", -1)
+    async with served(stop_at_eof=True) as server:
+        server.signals = 1  # in place of which is this
+        await server.ended.wait()
+    assert server.stats is not None
 
 
 async def test_addresses_are_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -491,12 +539,12 @@ async def run(events: Events, stop_takes: float = 2.0, at_the_start: signal.Sign
     events.note("returned")
 
 
-async def send(*numbers: signal.Signals) -> None:
-    """Send signals to this process, after 5 seconds and then half a second apart."""
+async def send(*numbers: signal.Signals, interval: float = 1.5) -> None:
+    """Send signals to this process, after 5 seconds and then so many seconds apart."""
     await trio.sleep(5)
     for number in numbers:
         os.kill(os.getpid(), number)
-        await trio.sleep(0.5)
+        await trio.sleep(interval)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -513,14 +561,42 @@ async def test_signal(number: signal.Signals, events: Events, autojump_clock: tr
 @pytest.mark.parametrize("first", SIGNALS)
 @pytest.mark.parametrize("second", SIGNALS)
 async def test_second_signal(
-    first: signal.Signals, second: signal.Signals, events: Events, autojump_clock: trio.testing.MockClock
+    first: signal.Signals,
+    second: signal.Signals,
+    events: Events,
+    autojump_clock: trio.testing.MockClock,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A second signal, whichever of them, ends the stop at once."""
+    """A second signal, whichever of them, ends the stop at once, and the log says so."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(send, first, second)
         await run(events, stop_takes=1000)
     assert events.names[-3:] == ["shutdown", "cancelled", "returned"]
-    assert events.times[-2:] == pytest.approx([5.5, 5.5])
+    assert events.times[-2:] == pytest.approx([6.5, 6.5])
+    assert caplog.messages == ["a second signal: cancelled what was under way"]
+
+
+async def test_signals_within_a_second(
+    events: Events, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However many signals come within a second of the first, they are one stop, and cut nothing."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(functools.partial(send, *SIGNALS * 4, interval=0.1))
+        await run(events, stop_takes=1000)
+    assert events.names[-3:] == ["shutdown", "done", "returned"]
+    assert caplog.messages == []
+
+
+async def test_signals_that_are_blocked(events: Events, autojump_clock: trio.testing.MockClock) -> None:
+    """A signal that a supervisor has held back until it can be received stops the service."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        await run(events)
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(SIGNALS)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert events.names == ["announced", "serving", "not accepting", "shutdown", "done", "returned"]
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -5,8 +5,11 @@ import functools
 import itertools
 import logging
 import os
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from processes import is_refused
+from processes import COMMAND, is_refused, serving
 
 from trioproto.process.listeners import ListenError
 from trioproto.process.workers import (
@@ -27,9 +30,10 @@ from trioproto.process.workers import (
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and descriptors of POSIX")
 
+ROOT = Path(__file__).parents[2]
 LIMIT = 20  # seconds, for a test that would otherwise hang
-SERVING = "echo serving"
-FOREVER = "while :; do sleep 0.01; done"
+UNTIL_EOF = "cat"  # as a worker does that is told to stop
+FOREVER = "exec sleep 60"
 
 
 class Workers:
@@ -38,7 +42,7 @@ class Workers:
     Each writes its process ID first, and then does ``action``, in which ``$pipe`` is the pipe's path.
     """
 
-    def __init__(self, action: str = f"{SERVING}; exec sleep 60") -> None:
+    def __init__(self, action: str = UNTIL_EOF) -> None:
         reading, self.fd = os.pipe()
         self._reports = trio.lowlevel.FdStream(reading)
         self._text = b""
@@ -91,8 +95,8 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.parametrize("count", [1, 3])
 async def test_stop(count: int, caplog: pytest.LogCaptureFixture) -> None:
-    """So many workers run; a stop sends each SIGTERM, waits until all have ended, and starts no others."""
-    workers = Workers(f"trap 'sleep 0.1; echo stopped >$pipe; exit' TERM; {SERVING}; {FOREVER}")
+    """So many workers run; a stop ends each one's input, waits until all have ended, and starts no others."""
+    workers = Workers(f"{UNTIL_EOF}; sleep 0.1; echo stopped >$pipe")
     async with supervised(workers, count) as shutdown:
         pids = {await workers.pid() for _ in range(count)}
         assert len(pids) == count
@@ -102,14 +106,16 @@ async def test_stop(count: int, caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == []
 
 
-async def test_stop_while_a_worker_starts(caplog: pytest.LogCaptureFixture) -> None:
-    """A worker that does not serve yet, and would be killed by SIGTERM, is not told to stop before it does."""
-    workers = Workers(f"sleep 0.3; trap 'echo stopped >$pipe; exit' TERM; {SERVING}; {FOREVER}")
+async def test_signals_while_a_worker_starts(caplog: pytest.LogCaptureFixture) -> None:
+    """Signals wait until a worker can receive them: who signals all of a service's processes cannot kill it before."""
+    workers = Workers(f"exec {UNTIL_EOF}")
     async with supervised(workers, 1) as shutdown:
-        await workers.pid()
+        pid = await workers.pid()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(pid, number)
+        await trio.sleep(0.2)
         shutdown.set()
-        assert await workers.report() == "stopped"
-    assert caplog.messages == []
+    assert caplog.messages == []  # no other was started
 
 
 async def test_stop_before_the_start() -> None:
@@ -131,13 +137,12 @@ async def test_stop_between_two(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     assert caplog.messages == ["worker 1 ended with status 3; starting another"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-async def test_killed_worker_is_replaced(number: signal.Signals, caplog: pytest.LogCaptureFixture) -> None:
+async def test_killed_worker_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
     """A worker that is killed is replaced, and the others are left alone; the log says so in one line."""
     workers = Workers()
     async with supervised(workers, 2) as shutdown:
         killed, other = await workers.pid(), await workers.pid()
-        os.kill(killed, number)
+        os.kill(killed, signal.SIGKILL)
         another = await workers.pid()
         assert another not in (killed, other)
         assert is_running(other)
@@ -145,13 +150,13 @@ async def test_killed_worker_is_replaced(number: signal.Signals, caplog: pytest.
         shutdown.set()
     [record] = caplog.records
     assert record.levelno == logging.ERROR
-    assert record.getMessage() in {f"worker {which} ended with status {-number}; starting another" for which in (1, 2)}
+    assert record.getMessage() in {f"worker {which} ended with status -9; starting another" for which in (1, 2)}
 
 
 @pytest.mark.parametrize("in_a_stop", [False, True], ids=["while they serve", "in a stop"])
 async def test_cancellation(in_a_stop: bool) -> None:  # noqa: FBT001
-    """On cancellation the workers are killed, even those that do not listen to SIGTERM."""
-    workers = Workers(f"trap '' TERM; {SERVING}; {FOREVER}")
+    """On cancellation the workers are killed, even those that do not stop."""
+    workers = Workers(FOREVER)
     with trio.CancelScope() as scope:
         async with supervised(workers, 2) as shutdown:
             pids = [await workers.pid() for _ in range(2)]
@@ -187,10 +192,9 @@ async def test_command_that_is_gone(
     assert "worker 1 cannot be started: No such file or directory; trying again" in caplog.messages
 
 
-@pytest.mark.parametrize("serving", [f"{SERVING}; ", ""], ids=["while it serves", "before it serves"])
-async def test_worker_that_hangs(serving: str) -> None:
-    """A worker that does not stop in time is killed."""
-    workers = Workers(f"trap '' TERM; {serving}{FOREVER}")
+async def test_worker_that_hangs(caplog: pytest.LogCaptureFixture) -> None:
+    """A worker that does not stop in time is killed, and the log says so."""
+    workers = Workers(FOREVER)
     shutdown = trio.Event()
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as nursery:
@@ -207,12 +211,13 @@ async def test_worker_that_hangs(serving: str) -> None:
             pid = await workers.pid()
             shutdown.set()
     assert not is_running(pid)
+    assert caplog.messages == ["worker 1 has not stopped in time: killed"]
     await workers.aclose()
 
 
 async def test_descriptors() -> None:
     """A worker inherits the listening descriptors under their numbers, and no others; its standard input is a pipe."""
-    workers = Workers(f"readlink /dev/fd/0 >$pipe; echo /dev/fd/* >$pipe; {SERVING}; exec sleep 60")
+    workers = Workers(f"readlink /dev/fd/0 >$pipe; echo /dev/fd/* >$pipe; {UNTIL_EOF}")
     other = os.dup(workers.fd)
     os.set_inheritable(other, True)  # noqa: FBT003 - the standard library's
     async with supervised(workers, 1) as shutdown:
@@ -281,9 +286,9 @@ class Supervised:
 
 
 async def test_signal(tmp_path: Path) -> None:
-    """A signal stops each worker with SIGTERM; the listeners that they inherit are closed in the end."""
+    """A signal stops each worker; the listeners that they inherit are closed in the end."""
     stopped = tmp_path / "stopped"
-    workers = Supervised(tmp_path, f"trap 'echo >>{stopped}; exit' TERM; {SERVING}; {FOREVER}")
+    workers = Supervised(tmp_path, f"{UNTIL_EOF}; echo >>{stopped}")
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(functools.partial(workers.run, 2, host=["127.0.0.1", "127.0.0.2"]))
@@ -300,7 +305,7 @@ async def test_signal(tmp_path: Path) -> None:
 async def test_signal_and_workers_that_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that has not stopped some time after its grace period is killed."""
     monkeypatch.setattr("trioproto.process.workers.STOP_SECONDS", 0.1)
-    workers = Supervised(tmp_path, f"trap '' TERM; {SERVING}; {FOREVER}")
+    workers = Supervised(tmp_path, FOREVER)
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(functools.partial(workers.run, 2, grace_period=0.5))
@@ -311,22 +316,25 @@ async def test_signal_and_workers_that_hang(tmp_path: Path, monkeypatch: pytest.
     workers.check_gone(pids)
 
 
-async def test_second_signal(tmp_path: Path) -> None:
-    """A second signal kills the workers."""
-    workers = Supervised(tmp_path, f"trap 'echo $$ >>{tmp_path}/pids' TERM; {SERVING}; {FOREVER}")
+async def test_second_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A second signal, if it comes later, kills the workers, and the log says so."""
+    monkeypatch.setattr("trioproto.process.service.SAME_SIGNAL_SECONDS", 0.1)
+    workers = Supervised(tmp_path, f"{UNTIL_EOF}; echo $$ >>{tmp_path}/pids; {FOREVER}")
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(functools.partial(workers.run, 2, grace_period=10 * LIMIT))
             await workers.pids(2)
             workers.send_signal()
             pids = await workers.pids(4)  # each has been told to stop
+            await trio.sleep(0.2)
             workers.send_signal()
     workers.check_gone(pids)
+    assert caplog.messages == ["a second signal: cancelled what was under way"]
 
 
 async def test_cancellation_until_a_signal(tmp_path: Path) -> None:
     """On cancellation, the workers are killed and the listeners closed."""
-    workers = Supervised(tmp_path, f"{SERVING}; exec sleep 60")
+    workers = Supervised(tmp_path, FOREVER)
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(workers.run, 2)
@@ -335,9 +343,24 @@ async def test_cancellation_until_a_signal(tmp_path: Path) -> None:
     workers.check_gone(pids)
 
 
+@pytest.mark.parametrize("inherited", [True, False])
+async def test_sockets_that_end_with_the_supervisor(inherited: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    """Workers are told which sockets have no server after them: those that the supervisor has not inherited itself."""
+    told = tmp_path / "told"
+    workers = Supervised(tmp_path, f"echo $TRIOPROTO_ENDING_FDS >{told}; {UNTIL_EOF}")
+    with socket.create_server(("127.0.0.1", 0)) as parents, trio.fail_after(LIMIT):
+        fds = [os.dup(parents.fileno())] if inherited else []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(functools.partial(workers.run, 1, host=["127.0.0.1", "127.0.0.2"], fds=fds))
+            await workers.pids(1)
+            workers.send_signal()
+    assert told.read_text().split() == [str(fd) for fd in workers.fds if fd not in fds]
+    assert len(workers.fds) == len(fds) + 2
+
+
 async def test_nowhere_to_listen(tmp_path: Path) -> None:
     """If the listeners cannot be opened, no worker is started."""
-    workers = Supervised(tmp_path, SERVING)
+    workers = Supervised(tmp_path, UNTIL_EOF)
     with pytest.raises(ListenError, match=r"cannot listen on 192\.0\.2\.1:0: "):  # an address that nobody has, RFC 5737
         await workers.run(2, host="192.0.2.1")
     assert await workers.pids(0) == []
@@ -347,7 +370,7 @@ async def test_standard_input_that_ends(tmp_path: Path, monkeypatch: pytest.Monk
     """With ``stop_at_eof``, the end of standard input stops the workers."""
     reading, writing = os.pipe()
     monkeypatch.setattr("trioproto.process.service._STDIN", reading)
-    workers = Supervised(tmp_path, f"{SERVING}; exec sleep 60")
+    workers = Supervised(tmp_path, UNTIL_EOF)
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(functools.partial(workers.run, 1, stop_at_eof=True))
@@ -355,6 +378,63 @@ async def test_standard_input_that_ends(tmp_path: Path, monkeypatch: pytest.Monk
             os.close(writing)
     workers.check_gone(pids)
     os.close(reading)
+
+
+# What a worker runs.
+
+HOSTILE = "open('imported', 'w').close()"
+
+
+async def command_line(pid: int) -> list[str]:
+    """Wait until a worker has become what it is started as, and return its command line."""
+    while True:
+        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")  # noqa: ASYNC240 - of the kernel
+        if any(word.endswith("worker.py") for word in words):
+            return words
+        await trio.sleep(0.01)
+
+
+async def test_directory_in_which_a_server_is_started(tmp_path: Path) -> None:
+    """Workers import nothing from there, no more than their supervisor does."""
+    for name in ("trio", "trioproto", "argparse", "runpy"):
+        (tmp_path / f"{name}.py").write_text(HOSTILE)
+    # In place of an installed command, which has Python's safe path just so.
+    run = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from trioproto.cli.main import main; sys.exit(main())"
+    in_directory = ["env", "-C", str(tmp_path), sys.executable, "-P", "-c", run]
+    async with serving("op", "--workers=2", command=in_directory) as server:
+        await server.answers_anew()
+        for pid in await server.workers(2):
+            assert Path(f"/proc/{pid}/cwd").samefile(tmp_path)  # noqa: ASYNC240
+    assert not (tmp_path / "imported").exists()
+
+
+async def test_package_of_the_supervisor(tmp_path: Path) -> None:
+    """Workers run the package that their supervisor runs, even if that is found only where it is started."""
+    shutil.copytree(ROOT / "trioproto", tmp_path / "trioproto")
+    # The copy is not what coverage is measured of.
+    in_directory = ["env", "-u", "COVERAGE_PROCESS_CONFIG", "-C", str(tmp_path), *COMMAND]
+    async with serving("op", "--workers=2", command=in_directory) as server:
+        await server.answers_anew()
+        for pid in await server.workers(2):
+            assert f"{tmp_path}/trioproto/process/worker.py" in await command_line(pid)
+
+
+def test_program_of_a_worker() -> None:
+    """What a worker runs is the command line."""
+    words = [sys.executable, "-m", "trioproto.process.worker", "--version"]
+    assert subprocess.run(words, capture_output=True, check=True).stdout.startswith(b"trioproto ")
+
+
+async def test_options_of_the_interpreter() -> None:
+    """Workers are run by the same interpreter, with the same options."""
+    options = ["-OO", "-s", "-Werror::FutureWarning", "-Xdev", "-Xutf8=1"]
+    async with serving("op", "--workers=2", command=[sys.executable, *options, *COMMAND[1:]]) as server:
+        for pid in await server.workers(2):
+            words = await command_line(pid)
+            assert words[0] == sys.executable
+            given = words[1 : words.index("op")]
+            assert given.count("-O") == 2
+            assert {"-s", "-P", "-Werror::FutureWarning", "-Xdev", "-Xutf8=1"} <= set(given)
 
 
 # When a worker is replaced, on a clock that stands still while one runs, and jumps ahead while none does.

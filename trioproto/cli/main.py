@@ -27,7 +27,7 @@ from trioproto.op import Request, op_handler
 from trioproto.process.listeners import ListenError, activated_fds
 from trioproto.process.service import GRACE_PERIOD, HOST, MAX_CONNECTIONS, serve_until_signal
 from trioproto.process.tls import client_context, server_context
-from trioproto.process.workers import supervise_until_signal
+from trioproto.process.workers import supervise_until_signal, worker_program
 from trioproto.server import ServerStats
 
 _log = logging.getLogger("trioproto")
@@ -142,7 +142,7 @@ def _print_address(protocol: str, address: str) -> None:
 
 def _worker_command(args: argparse.Namespace, fds: Sequence[int]) -> list[str]:
     """Return the command line of one worker: the same program, on the sockets that it inherits."""
-    command = [sys.executable, "-m", "trioproto", args.protocol, "--stop-at-eof"]
+    command = [*worker_program(), args.protocol, "--stop-at-eof"]
     command += [f"--fd={fd}" for fd in fds]
     for option in (
         "max_connections",

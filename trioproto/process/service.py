@@ -10,13 +10,13 @@ import logging
 import os
 import signal
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import trio
 
 from trioproto.addresses import format_address
-from trioproto.process.listeners import close_listeners, open_listeners
+from trioproto.process.listeners import close_listeners, ending_fds, open_listeners
 from trioproto.server import OnTick, ServerStats, check_settings, serve_listeners
 
 _log = logging.getLogger(__name__)
@@ -29,6 +29,10 @@ GRACE_PERIOD = 10.0
 
 # From when no new connections can begin until the accept queues are emptied: time for handshakes that had begun.
 HANDSHAKE_SECONDS = 0.1
+
+# Signals that come within so many seconds of the first are part of it. What stops a server may well send several: a
+# terminal, or systemd, signals all of a service's processes, and a wrapper among them passes on what it gets.
+SAME_SIGNAL_SECONDS = 1.0
 
 _STDIN = 0
 
@@ -56,8 +60,8 @@ async def serve_until_signal(
 
     At the first signal, no new connections are let in. Those that wait in the accept queue are still served, requests
     that are under way are finished, idle connections are ended, and whatever is left after ``grace_period`` seconds is
-    cancelled. A second signal cancels everything at once. Only one call at a time may run in a process, because a
-    signal reaches only one of them.
+    cancelled. A second signal, `SAME_SIGNAL_SECONDS` after the first or later, cancels everything at once. Only one
+    call at a time may run in a process, because a signal reaches only one of them.
 
     Args:
         handler: an async function that serves one connection, as for `trioproto.serve_listeners`.
@@ -66,8 +70,9 @@ async def serve_until_signal(
         host: the name or address to listen on, or several of them; all addresses that a name stands for.
         unix: the path of a UNIX socket to listen on as well. Only this user may connect to it. A file that a dead
             server left is replaced, and the file is removed when the stop begins.
-        fds: descriptors of listening sockets that this process inherited, to serve as well. They are closed in the
-            end. For those that systemd passes, call `trioproto.process.listeners.activated_fds`.
+        fds: descriptors of listening sockets that this process inherited, to serve as well. They are closed when a stop
+            begins: such a socket outlives this process, and whoever waits in its queue is left to its next server. For
+            those that systemd passes, call `trioproto.process.listeners.activated_fds`.
         ssl_context: for TLS on all of them. None: plain connections.
         max_connections: how many connections are served at once, 1 or more; more wait in the kernel's queue. None: as
             many as come.
@@ -91,6 +96,7 @@ async def serve_until_signal(
     also done before any of the above is raised.
     """
     check_settings(tick, on_tick, max_connections, grace_period)  # before anything is open
+    outliving = set(fds).difference(ending_fds())
 
     async def serve(listeners: list[trio.SocketListener], shutdown: trio.Event) -> ServerStats:
         endpoints: list[trio.abc.Listener[trio.abc.Stream]] = list(listeners)
@@ -107,13 +113,14 @@ async def serve_until_signal(
         )
 
     listening = open_listeners(port, host=host, unix=unix, fds=fds)
-    return await run_until_signal(serve, listening, stop_at_eof=stop_at_eof, announce=announce)
+    return await run_until_signal(serve, listening, outliving=outliving, stop_at_eof=stop_at_eof, announce=announce)
 
 
 async def run_until_signal(
     serve: Callable[[list[trio.SocketListener], trio.Event], Awaitable[ResultT]],
     listening: contextlib.AbstractAsyncContextManager[list[trio.SocketListener]],
     *,
+    outliving: Collection[int] = (),
     stop_at_eof: bool = False,
     announce: Callable[[str], object] | None = None,
 ) -> ResultT | None:
@@ -123,12 +130,14 @@ async def run_until_signal(
         serve: serves on the listeners until the event is set, and then for as long as its stop takes.
         listening: gives the listeners. It is left when the stop begins, and then lets in no new connections;
             `HANDSHAKE_SECONDS` later, those whose handshakes had begun are queued, and the event is set.
+        outliving: descriptors of those listeners whose sockets have another server. They are closed once the event is
+            set, so that nothing more is accepted from them.
         stop_at_eof: whether the end of standard input stops it, too.
         announce: called with each listener's address before ``serve``, when signals are already waited for. None: the
             addresses are logged.
 
     Returns:
-        What ``serve`` returns, or None if a second signal cancelled it.
+        What ``serve`` returns, or None if a second signal, `SAME_SIGNAL_SECONDS` after the first, cancelled it.
 
     Raises:
         RuntimeError: outside the main thread.
@@ -147,6 +156,9 @@ async def run_until_signal(
         with contextlib.ExitStack() as closing:
             closing.callback(close_listeners, listeners)
             signals = closing.enter_context(trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM))
+            with contextlib.suppress(AttributeError):  # not on Windows
+                # A supervisor holds them back until they are received.
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
             for listener in listeners:
                 announce(format_address(listener.socket.getsockname()))
             async with trio.open_nursery() as nursery:
@@ -154,12 +166,17 @@ async def run_until_signal(
                 async def heed_signals() -> None:
                     await anext(signals)
                     stopping.set()
+                    with trio.move_on_after(SAME_SIGNAL_SECONDS):
+                        async for _ in signals:
+                            pass
                     await anext(signals)
+                    _log.warning("a second signal: cancelled what was under way")
                     nursery.cancel_scope.cancel()
 
                 async def heed_stdin() -> None:
-                    while await trio.to_thread.run_sync(os.read, _STDIN, 1024, abandon_on_cancel=True):
-                        pass
+                    with contextlib.suppress(OSError):  # one that cannot be read, or is closed, has ended, too
+                        while await trio.to_thread.run_sync(os.read, _STDIN, 1024, abandon_on_cancel=True):
+                            pass
                     stopping.set()
 
                 async def stop() -> None:
@@ -167,6 +184,11 @@ async def run_until_signal(
                     await accepting.aclose()
                     await trio.sleep(HANDSHAKE_SECONDS)
                     shutdown.set()
+                    # Two turns of the scheduler later, no acceptor is left between being told that a connection waits
+                    # and accepting it, from a descriptor that is closed by then.
+                    await trio.lowlevel.checkpoint()
+                    await trio.lowlevel.checkpoint()
+                    close_listeners([listener for listener in listeners if listener.socket.fileno() in outliving])
 
                 nursery.start_soon(heed_signals)
                 if stop_at_eof:

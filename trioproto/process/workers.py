@@ -1,14 +1,18 @@
 """Worker processes that share listening sockets, supervised by one nursery."""
 
+import functools
 import logging
 import math
+import os
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 
 import trio
 
-from trioproto.process.listeners import open_listeners
+from trioproto.process.listeners import ENDING_FDS, open_listeners
 from trioproto.process.service import GRACE_PERIOD, HOST, run_until_signal
 
 _log = logging.getLogger(__name__)
@@ -20,6 +24,33 @@ LONGEST_WAIT = 30.0
 
 # What a worker may take to stop beyond its grace period, before it is taken to hang.
 STOP_SECONDS = 10.0
+
+# The interpreter's options that `sys.flags` tells of; a number there says how often one was given.
+_INTERPRETER_OPTIONS = {
+    "-b": "bytes_warning",
+    "-B": "dont_write_bytecode",
+    "-d": "debug",
+    "-E": "ignore_environment",
+    "-I": "isolated",
+    "-O": "optimize",
+    "-q": "quiet",
+    "-s": "no_user_site",
+    "-S": "no_site",
+    "-v": "verbose",
+}
+
+
+def worker_program() -> list[str]:
+    """Return the beginning of a worker's command line, which takes the arguments of ``python -m trioproto``.
+
+    It runs this very package, in this interpreter and with its options. It never imports from the directory in which
+    it is started, even if this process does (``-P``).
+    """
+    options = [option for option, name in _INTERPRETER_OPTIONS.items() for _ in range(getattr(sys.flags, name))]
+    options += [f"-W{action}" for action in sys.warnoptions]
+    for name, value in sys._xoptions.items():  # noqa: SLF001 - public for all its name (the sys module's documentation)
+        options.append(f"-X{name}" if value is True else f"-X{name}={value}")
+    return [sys.executable, *options, "-P", str(Path(__file__).with_name("worker.py"))]
 
 
 async def supervise_until_signal(
@@ -38,7 +69,7 @@ async def supervise_until_signal(
 
     This is `trioproto.serve_until_signal` for several processes: it opens the listeners, which the workers inherit,
     and supervises the workers instead of serving. At the first signal, no new connections are let in, and each worker
-    is sent SIGTERM. A second signal kills them.
+    is told to stop. A second signal, `SAME_SIGNAL_SECONDS` after the first or later, kills them.
 
     Args:
         command: called with the descriptors of the listeners, returns a worker's command line; see
@@ -64,9 +95,13 @@ async def supervise_until_signal(
 
     async def supervise(listeners: list[trio.SocketListener], shutdown: trio.Event) -> None:
         inherited = [listener.socket.fileno() for listener in listeners]
-        patience = grace_period + STOP_SECONDS
         await supervise_workers(
-            command(inherited), count, listening_fds=inherited, shutdown=shutdown, patience=patience
+            command(inherited),
+            count,
+            listening_fds=inherited,
+            ending_fds=[fd for fd in inherited if fd not in fds],
+            shutdown=shutdown,
+            patience=grace_period + STOP_SECONDS,
         )
 
     listening = open_listeners(port, host=host, unix=unix, fds=fds)
@@ -78,6 +113,7 @@ async def supervise_workers(
     count: int,
     *,
     listening_fds: Sequence[int],
+    ending_fds: Sequence[int] = (),
     shutdown: trio.Event,
     patience: float = math.inf,
 ) -> None:
@@ -87,11 +123,14 @@ async def supervise_workers(
     too, a connection that is queued when a worker dies goes to another.
 
     Args:
-        command: a worker's command line; it serves on the descriptors of ``listening_fds``, writes to standard output
-            once it does, and from then on stops on SIGTERM. Its standard input is a pipe that ends when this process
-            does, however that comes about.
+        command: a worker's command line; it serves on the descriptors of ``listening_fds`` until its standard input
+            ends. That is a pipe, which this process closes to stop it, and the kernel when this process dies, however
+            that comes about. SIGTERM and SIGINT are blocked in it, so that they cannot kill it before it receives them
+            (`trioproto.serve_until_signal` does, and unblocks them).
         count: how many, 1 or more.
         listening_fds: descriptors of listening sockets, which the workers inherit under the same numbers.
+        ending_fds: those of them whose sockets have no server after these: the workers have to serve in a stop who
+            waits in their queues, and are told so (`trioproto.process.listeners.ending_fds`).
         shutdown: set to stop.
         patience: seconds, 0 or more, from ``shutdown`` until a worker that has not ended is killed.
 
@@ -101,20 +140,32 @@ async def supervise_workers(
 
     On cancellation, the workers are killed (SIGKILL) and waited for.
     """
+    start = functools.partial(
+        trio.lowlevel.open_process,
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        pass_fds=listening_fds,
+        env=os.environ | {ENDING_FDS: " ".join(map(str, ending_fds))},
+        # A process group of its own, so that a terminal's Ctrl-C reaches the supervisor alone. It stops the workers.
+        process_group=0,
+        # This has to be in force before the worker is: systemd, for one, signals each process of a service.
+        preexec_fn=functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM)),
+    )
     async with trio.open_nursery() as nursery:
         for number in range(1, count + 1):
-            nursery.start_soon(_keep_running, number, command, listening_fds, shutdown, patience)
+            nursery.start_soon(_keep_running, number, start, shutdown, patience)
 
 
 async def _keep_running(
-    number: int, command: Sequence[str], listening_fds: Sequence[int], shutdown: trio.Event, patience: float
+    number: int, start: Callable[[], Awaitable[trio.Process]], shutdown: trio.Event, patience: float
 ) -> None:
     wait = FIRST_WAIT
     first = True
     while not shutdown.is_set():
         began = trio.current_time()
         try:
-            status = await _run_worker(command, listening_fds, shutdown, patience)
+            status = await _run_worker(number, start, shutdown, patience)
         except OSError as error:
             if first:
                 raise
@@ -133,26 +184,21 @@ async def _keep_running(
 
 
 async def _run_worker(
-    command: Sequence[str], listening_fds: Sequence[int], shutdown: trio.Event, patience: float
+    number: int, start: Callable[[], Awaitable[trio.Process]], shutdown: trio.Event, patience: float
 ) -> int:
     """Run one worker until it ends, and return its exit status (as `subprocess.Popen.returncode`)."""
-    # A process group of its own, so that a terminal's Ctrl-C reaches the supervisor alone, and it stops the workers.
-    process = await trio.lowlevel.open_process(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=listening_fds, process_group=0
-    )
-    assert process.stdin is not None  # noqa: S101 - for the type checker
-    assert process.stdout is not None  # noqa: S101
+    process = await start()
+    stdin = process.stdin
+    assert stdin is not None  # noqa: S101 - for the type checker
     try:
-        async with process.stdin, process.stdout as stdout, trio.open_nursery() as nursery:
+        async with stdin, trio.open_nursery() as nursery:
 
             async def stop() -> None:
                 await shutdown.wait()
-                with trio.move_on_after(patience):
-                    # The first that it writes is that it serves. Before that, SIGTERM would kill it, and connections
-                    # that are queued might find nobody else to serve them.
-                    await stdout.receive_some(1)
-                    process.send_signal(signal.SIGTERM)
-                    await trio.sleep_forever()
+                # A signal might be the second one that the worker gets, or come before it can receive any.
+                await stdin.aclose()
+                await trio.sleep(patience)
+                _log.warning("worker %d has not stopped in time: killed", number)
                 process.kill()
 
             nursery.start_soon(stop)
