@@ -288,6 +288,22 @@ async def test_signals_to_all_processes(first: str, times: int) -> None:
         check_gone(workers)
 
 
+async def test_signals_to_workers_some_time_before() -> None:
+    """Until the supervisor is signalled, too, whoever comes is served."""
+    async with serving("op", "--workers=2", "--grace=60") as server, await server.tcp() as stream:
+        await stream.send_all(QUESTION[:-1])
+        for pid in await server.workers(2):
+            os.kill(pid, signal.SIGTERM)
+        await trio.sleep(0.5)
+        async with await server.tcp() as late:
+            await late.send_all(QUESTION)
+            await trio.sleep(0.2)
+            server.stop()
+            assert await receive(late, len(ANSWER)) == ANSWER
+        await stream.send_all(QUESTION[-1:])
+        assert await receive_all(stream) == ANSWER
+
+
 async def test_signals_to_all_processes_while_workers_start() -> None:
     """Even if no worker can receive a signal yet, those who had connected are served."""
     async with serving("op", "--workers=2") as server, contextlib.AsyncExitStack() as stack:

@@ -587,18 +587,6 @@ async def test_signals_within_a_second(
     assert caplog.messages == []
 
 
-async def test_signals_that_are_blocked(events: Events, autojump_clock: trio.testing.MockClock) -> None:
-    """A signal that a supervisor has held back until it can be received stops the service."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
-        await run(events)
-        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(SIGNALS)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    assert events.names == ["announced", "serving", "not accepting", "shutdown", "done", "returned"]
-
-
 @pytest.mark.parametrize("number", SIGNALS)
 async def test_signal_at_the_start(
     number: signal.Signals, events: Events, autojump_clock: trio.testing.MockClock

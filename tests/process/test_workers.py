@@ -106,8 +106,8 @@ async def test_stop(count: int, caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == []
 
 
-async def test_signals_while_a_worker_starts(caplog: pytest.LogCaptureFixture) -> None:
-    """Signals wait until a worker can receive them: who signals all of a service's processes cannot kill it before."""
+async def test_signals_to_a_worker(caplog: pytest.LogCaptureFixture) -> None:
+    """Signals to a worker do nothing, not even as it starts: the supervisor alone stops it."""
     workers = Workers(f"exec {UNTIL_EOF}")
     async with supervised(workers, 1) as shutdown:
         pid = await workers.pid()

@@ -156,9 +156,6 @@ async def run_until_signal(
         with contextlib.ExitStack() as closing:
             closing.callback(close_listeners, listeners)
             signals = closing.enter_context(trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM))
-            with contextlib.suppress(AttributeError):  # not on Windows
-                # A supervisor holds them back until they are received.
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
             for listener in listeners:
                 announce(format_address(listener.socket.getsockname()))
             async with trio.open_nursery() as nursery:

@@ -125,8 +125,7 @@ async def supervise_workers(
     Args:
         command: a worker's command line; it serves on the descriptors of ``listening_fds`` until its standard input
             ends. That is a pipe, which this process closes to stop it, and the kernel when this process dies, however
-            that comes about. SIGTERM and SIGINT are blocked in it, so that they cannot kill it before it receives them
-            (`trioproto.serve_until_signal` does, and unblocks them).
+            that comes about. SIGTERM and SIGINT are blocked in it, and do nothing.
         count: how many, 1 or more.
         listening_fds: descriptors of listening sockets, which the workers inherit under the same numbers.
         ending_fds: those of them whose sockets have no server after these: the workers have to serve in a stop who
@@ -149,7 +148,8 @@ async def supervise_workers(
         env=os.environ | {ENDING_FDS: " ".join(map(str, ending_fds))},
         # A process group of its own, so that a terminal's Ctrl-C reaches the supervisor alone. It stops the workers.
         process_group=0,
-        # This has to be in force before the worker is: systemd, for one, signals each process of a service.
+        # Who signals all of a service's processes, as systemd does, might reach a worker before it can receive signals,
+        # or so early that nobody is left to serve the queue once the supervisor stops, too. It alone decides on that.
         preexec_fn=functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM)),
     )
     async with trio.open_nursery() as nursery:
@@ -195,7 +195,6 @@ async def _run_worker(
 
             async def stop() -> None:
                 await shutdown.wait()
-                # A signal might be the second one that the worker gets, or come before it can receive any.
                 await stdin.aclose()
                 await trio.sleep(patience)
                 _log.warning("worker %d has not stopped in time: killed", number)
