@@ -367,6 +367,23 @@ async def test_queue_of_an_inherited_socket(ending: bool, tls: bool, monkeypatch
         assert server.stats.accepted == (2 if ending else 1)
 
 
+async def test_clients_that_come_while_an_inherited_socket_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that comes just then is accepted or left in the queue, and disturbs nothing."""
+    monkeypatch.setattr("trioproto.process.service.HANDSHAKE_SECONDS", 0.01)
+    with socket.create_server(("127.0.0.1", 0), backlog=1000) as parents:
+        for _ in range(20):
+            async with served(port=None, fds=[os.dup(parents.fileno())]) as server:
+                server.send_signal()
+                while not server.ended.is_set():
+                    socket.create_connection(parents.getsockname(), HANGS).close()
+                    await trio.lowlevel.checkpoint()
+            assert server.stats is not None
+            parents.settimeout(0)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    parents.accept()[0].close()
+
+
 async def test_tls() -> None:
     """With a TLS context, the server speaks TLS on every listener, and nothing else."""
     authority = trustme.CA()
