@@ -474,3 +474,52 @@ async def test_fin_after_a_whole_reply(nursery: trio.Nursery) -> None:
         async with await trio.testing.open_stream_to_socket_listener(listener) as client:
             await client.send_all(ONE * 3 + ONE[:3])
             assert await receive_to_end(client) == b"\1\0\0\0" * 3
+
+
+@pytest.mark.parametrize("max_unsent", [None, 1000])
+async def test_bug_under_cancellation(max_unsent: int | None) -> None:
+    """A bug that comes out while the block is cancelled goes on as it is: a cancellation does not hide it."""
+
+    async def handler(stream: Stream) -> None:
+        async with Connection(stream, max_unsent=max_unsent):
+            scope.cancel()
+            raise ValueError("bug")
+
+    with trio.CancelScope() as scope, pytest.raises(ValueError, match="bug"):
+        await handler(trio.testing.memory_stream_pair()[0])
+
+
+@pytest.mark.parametrize("max_unsent", [None, 1000])
+async def test_task_outside_of_the_block_receives(max_unsent: int | None) -> None:
+    """It learns that the block is over, and does not keep the client from getting everything and then end of stream."""
+    client, theirs = await socket_streams()
+
+    async def receive(connection: Connection) -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await connection.receive_some()
+
+    with trio.fail_after(LIMIT):
+        async with client, trio.open_nursery() as nursery:
+            async with Connection(theirs, max_unsent=max_unsent) as connection:
+                nursery.start_soon(receive, connection)
+                await trio.testing.wait_all_tasks_blocked()
+                connection.push(b"goodbye")
+                nursery.start_soon(client.send_eof)
+            assert await receive_to_end(client) == b"goodbye"
+
+
+@pytest.mark.parametrize("closed", ["connection", "channel"])
+async def test_closed_resource_of_another(closed: str) -> None:
+    """Only that this connection is closed ends its block quietly; that something else is closed is a bug."""
+    other = Connection(trio.testing.memory_stream_pair()[0])
+    channel, _receive = trio.open_memory_channel[int](1)
+    await other.aclose()
+    channel.close()
+
+    async def handler(stream: Stream) -> None:
+        async with Connection(stream) as connection:
+            await connection.aclose()
+            await (other.send_all(b"x") if closed == "connection" else channel.send(1))
+
+    with pytest.raises(trio.ClosedResourceError):
+        await handler(trio.testing.memory_stream_pair()[0])

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -471,3 +472,57 @@ async def test_overrun_before_anything_was_sent(autojump_clock: trio.testing.Moc
         await tls.send_all(b"hello")
         with pytest.raises(trio.BrokenResourceError):
             await tls.receive_some()
+
+
+# Somebody pushes all the time.
+
+
+@asynccontextmanager
+async def pushed_all_the_time() -> AsyncIterator[tuple[trio.SocketStream, Connection, trio.Nursery]]:
+    """A connection whose client takes everything, and to which something is always owed."""
+    client, theirs = await socket_streams()
+    for stream, option in ((client, socket.SO_RCVBUF), (theirs, socket.SO_SNDBUF)):
+        stream.setsockopt(socket.SOL_SOCKET, option, 16384)
+    connection = Connection(theirs, max_unsent=2_000_000)
+
+    async def publish() -> None:
+        while True:
+            if connection.unsent < 1_000_000:
+                connection.push(bytes(50_000))
+            await trio.sleep(0.001)
+
+    with trio.fail_after(LIMIT):
+        async with client, trio.open_nursery() as nursery:
+            nursery.start_soon(publish)
+            yield client, connection, nursery
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("what", ["send_all", "requests", "end"])
+async def test_pushed_all_the_time(what: str) -> None:
+    """What is pushed later does not hold up what comes before it: a message, the next request, or the end."""
+    async with pushed_all_the_time() as (client, connection, nursery), connection:
+        nursery.start_soon(receive_to_end, client)
+        await trio.sleep(0.1)
+        if what == "send_all":
+            await connection.send_all(b"message")
+        elif what == "requests":
+            await client.send_all(b"line\n")
+            assert await anext(connection.requests(read_line)) == b"line"
+        await client.send_eof()
+
+
+async def test_pushed_before_the_end_of_this_side() -> None:
+    """`send_eof` ends this side after what was pushed before it; what is pushed meanwhile is ignored."""
+    client, theirs = await socket_streams()
+    with trio.fail_after(LIMIT):
+        async with Connection(theirs) as connection, trio.open_nursery() as nursery:
+            filled = fill(theirs)
+            connection.push(b"before")
+            nursery.start_soon(connection.send_eof)
+            await trio.testing.wait_all_tasks_blocked()
+            received = (await receive_to_end(client))[filled:]
+            assert received == b"before"
+            connection.push(b"after")
+            assert connection.unsent == 0
+            await client.aclose()

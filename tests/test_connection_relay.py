@@ -14,18 +14,21 @@ from helpers import (
     LIMIT,
     MemoryListener,
     Stream,
+    client_tls,
     connected,
     fill,
     receive_to_end,
     reset,
     send_after,
     served,
+    server_tls,
     serving,
     socket_streams,
 )
 
 from trioproto import ClientError, Connection, receive_exactly
 from trioproto.streams import RECEIVE_SIZE
+from trioproto.testing import Network
 
 linux_only = pytest.mark.skipif(not hasattr(os, "splice"), reason="no splice(2)")
 
@@ -316,6 +319,34 @@ async def test_client_that_breaks_off(plain: bool) -> None:  # noqa: FBT001
             await ours.aclose()
             with pytest.raises(trio.BrokenResourceError):
                 await receive_to_end(server)
+    await downstream.aclose()
+
+
+@pytest.mark.parametrize("target", ["tls", "network"])
+async def test_client_that_breaks_off_before_a_plain_target(target: str) -> None:
+    """It is so for any stream: in TLS there is no close_notify, in a network in memory there is a reset."""
+    client, theirs = await socket_streams()
+    downstream = Connection(theirs)
+    with trio.fail_after(LIMIT):
+        server: trio.abc.Stream
+        ours: trio.abc.Stream
+        if target == "tls":
+            ends = await socket_streams()
+            server, ours = server_tls(ends[0]), client_tls(ends[1])
+        else:
+            network = Network()
+            listener = network.listen("upstream", 1)
+            ours = await network.connect("upstream", 1)
+            server = await listener.accept()
+        await client.send_all(b"hello")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(expect_reset, downstream, ours)
+            assert await receive_exactly(server, 5) == b"hello"
+            reset(client)
+        await ours.aclose()
+        with pytest.raises(trio.BrokenResourceError):
+            await receive_to_end(server)
+        await trio.aclose_forcefully(server)
     await downstream.aclose()
 
 

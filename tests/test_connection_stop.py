@@ -469,3 +469,30 @@ async def test_waits_leave_nothing_behind() -> None:
         await trio.testing.wait_all_tasks_blocked()
         assert drains[0]._callbacks == set()  # noqa: SLF001 - there is nothing else to see it by
         shutdown.set()
+
+
+async def test_request_whose_reading_was_cancelled(autojump_clock: trio.testing.MockClock) -> None:
+    """A request that has arrived before the stop is answered, though reading it was cancelled by somebody else."""
+
+    async def handler(stream: Stream) -> None:
+        async with Connection(stream, request_timeout=60) as connection:
+
+            async def read(connection: Connection) -> bytes:
+                request = await connection.receive_exactly(4)
+                await trio.sleep(look_up)
+                return request
+
+            look_up = 10
+            requests = connection.requests(read)
+            with trio.move_on_after(5):
+                await anext(requests)
+            look_up = 0
+            connection.push(await anext(requests))
+
+    listener = MemoryListener()
+    async with serving(handler, listener) as shutdown:
+        client = listener.connect()
+        await client.send_all(b"abcd")
+        await trio.sleep(0.1)
+        shutdown.set()
+        assert await receive_to_end(client) == b"abcd"

@@ -498,3 +498,68 @@ async def test_small_sends_on_a_socket(monkeypatch: pytest.MonkeyPatch) -> None:
         connection.push(b"two ")
         await connection.send_all(b"three")
     assert writes == [8, 5]
+
+
+@pytest.mark.parametrize("slow", [False, True])
+async def test_buffer_of_the_caller(slow: bool) -> None:  # noqa: FBT001
+    """What was sent belongs to the caller again, who may change its size."""
+    client, theirs = await socket_streams() if slow else trio.testing.memory_stream_pair()
+    message = bytearray(20_000_000 if slow else 10)
+    connection = Connection(theirs)
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive_exactly, client, len(message))
+            await connection.send_all(message)
+        message.clear()
+        await connection.aclose()
+        await client.aclose()
+
+
+async def test_two_that_receive_what_is_buffered() -> None:
+    """One gets it, the other an error, and not the end of the stream."""
+    connection = Connection(trio.testing.memory_stream_pair()[0])
+    connection.unreceive(b"hello")
+    received = []
+
+    async def receive() -> None:
+        try:
+            received.append(await connection.receive_some())
+        except trio.BusyResourceError:
+            received.append(b"busy")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(receive)
+        nursery.start_soon(receive)
+    assert sorted(received) == [b"busy", b"hello"]
+
+
+async def test_closed_while_it_receives_what_is_buffered() -> None:
+    """What is buffered is dropped by `aclose`; the task that was receiving it learns of that."""
+    connection = Connection(trio.testing.memory_stream_pair()[0])
+
+    async def receive_again_and_again() -> None:
+        while True:
+            connection.unreceive(b"hello")
+            await connection.receive_some()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.aclose)
+        with pytest.raises(trio.ClosedResourceError):
+            await receive_again_and_again()
+
+
+@pytest.mark.parametrize("max_unsent", [None, 1000])
+async def test_waits_for_room_while_others_push_and_receive(max_unsent: int | None) -> None:
+    """Waiting for room takes turns with what else is sent: nobody gets an error."""
+    client, theirs = await socket_streams()
+    with trio.fail_after(LIMIT):
+        async with client, Connection(theirs, max_unsent=max_unsent) as connection, trio.open_nursery() as nursery:
+            filled = fill(theirs)
+            nursery.start_soon(connection.wait_send_all_might_not_block)
+            await trio.testing.wait_all_tasks_blocked()
+            connection.push(b"hello")
+            nursery.start_soon(connection.receive_some)
+            await trio.testing.wait_all_tasks_blocked()
+            received = await receive_exactly(client, filled + (5 if max_unsent is not None else 0))
+            await client.send_eof()
+            assert received[filled:] in (b"hello", b"")

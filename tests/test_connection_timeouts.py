@@ -438,3 +438,30 @@ async def test_what_arrives_in_the_last_moment(autojump_clock: trio.testing.Mock
     async with served(partial(op_handler, idle_timeout=10)) as client, trio.open_nursery() as nursery:
         nursery.start_soon(send_after, client, ONE, 9.99)
         assert await client.receive_some() == int32_bytes(1)
+
+
+async def test_takes_nothing_while_the_server_waits_for_room(autojump_clock: trio.testing.MockClock) -> None:
+    """A client that makes no room for the idle time-out is late, also for one who only waits for room."""
+    _client, theirs = trio.testing.lockstep_stream_pair()
+    connection = Connection(theirs, idle_timeout=10)
+    connection.push(b"hello")
+    with pytest.raises(ClientError) as late:
+        await connection.wait_send_all_might_not_block()
+    assert (late.value.how, trio.current_time()) == ("late", 10)
+
+
+@pytest.mark.parametrize("how", ["receive", "again"])
+async def test_request_that_was_given_up(how: str, autojump_clock: trio.testing.MockClock) -> None:
+    """The time of a request that was cancelled, and whose bytes were then received otherwise, is over with it."""
+    client, theirs = trio.testing.memory_stream_pair()
+    connection = Connection(theirs, request_timeout=10)
+    requests = connection.requests(lambda connection: connection.receive_exactly(4))
+    await client.send_all(b"ab")
+    with trio.move_on_after(1):
+        await anext(requests)
+    assert await connection.receive_some() == b"ab"
+    await trio.sleep(20)
+    await client.send_all(b"wx")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send_after, client, b"yz", 1)
+        assert await (connection.receive_exactly(4) if how == "receive" else anext(requests)) == b"wxyz"

@@ -58,8 +58,7 @@ class ReceiveBuffer:
         if start >= 0 and self._bytes.startswith(data, start):
             self._position = start
         else:
-            self._bytes = data + self._bytes[self._position :]
-            self._position = 0
+            self._bytes = self._bytes[: self._position] + data + self._bytes[self._position :]
         self.size += len(data)
 
     def mark(self) -> None:

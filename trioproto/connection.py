@@ -19,7 +19,7 @@ from trioproto.addresses import failure_reason
 from trioproto.buffer import ReceiveBuffer
 from trioproto.draining import accepted_as
 from trioproto.streams import RECEIVE_SIZE, IncompleteReadError
-from trioproto.transport import Pipe, SocketTransport, transport_for
+from trioproto.transport import Pipe, SocketTransport, close_as_broken, transport_for
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ _REST = "the rest of a request"
 _ROOM = "room for a reply"
 
 _NOTHING = memoryview(b"")
+_NO_SCOPE = contextlib.nullcontext()
 
 How = Literal["reset", "idle", "late", "ended", "overrun", "stopped"]
 
@@ -79,6 +80,16 @@ class ClientError(trio.BrokenResourceError):
         self.connection = connection
         self.how = how
         self.level = level  # of its line in the log
+
+
+class _ClosedError(trio.ClosedResourceError):
+    def __init__(self, connection: "Connection") -> None:
+        super().__init__("this connection was closed")
+        self.connection = connection
+
+
+# What a transport raises.
+_FAILURES = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 
 class Connection(trio.abc.HalfCloseableStream):
@@ -115,8 +126,6 @@ class Connection(trio.abc.HalfCloseableStream):
         max_unsent: for pushing from any task: how many pushed bytes, 0 or more, may wait for the client before it is
             let go. It should be more than the largest message. None: only the handler pushes, between its waits.
 
-    Attributes:
-        unsent: how many pushed bytes the system has not taken yet.
     """
 
     __slots__ = (
@@ -133,11 +142,13 @@ class Connection(trio.abc.HalfCloseableStream):
         "_handshaken",
         "_idle_due",
         "_idle_timeout",
+        "_in_pipe",
         "_let_go",
         "_max_owed",
         "_max_unsent",
         "_others",
         "_owed",
+        "_promised",
         "_receiving",
         "_request_timeout",
         "_rest",
@@ -146,10 +157,10 @@ class Connection(trio.abc.HalfCloseableStream):
         "_send_all_busy",
         "_sender",
         "_sending",
+        "_taken",
         "_taken_up",
         "_transport",
         "_waiting",
-        "unsent",
     )
 
     def __init__(
@@ -182,10 +193,12 @@ class Connection(trio.abc.HalfCloseableStream):
         self._waiting: trio.CancelScope | None = None  # of the receive that waits
 
         # Sending.
-        self.unsent = 0
+        self._promised = 0  # how many bytes were to be sent, from the beginning on ...
+        self._taken = 0  # ... and how many of them the system has taken
         self._owed: list[bytes] = []  # what is pushed and not sent
         self._rest: memoryview = _NOTHING  # what is being sent, and was not all taken
         self._rest_was_pushed = False
+        self._in_pipe = 0  # bytes of a relay that are on their way through the kernel
         self._sending = False  # a task waits for room
         self._send_all_busy = False
         self._others: trio.lowlevel.ParkingLot | None = None  # tasks that wait until another has sent, or pushed
@@ -201,6 +214,12 @@ class Connection(trio.abc.HalfCloseableStream):
     def peer(self) -> str:
         """The client's address, for log lines: known also when the connection is gone."""
         return self._accepted.peer
+
+    @property
+    def unsent(self) -> int:
+        """How many pushed bytes the system has not taken yet."""
+        unsent = self._promised - self._taken
+        return unsent if self._rest_was_pushed else unsent - len(self._rest)
 
     @property
     def stopping(self) -> trio.Event:
@@ -250,12 +269,20 @@ class Connection(trio.abc.HalfCloseableStream):
                 await self._transport.aclose()
             finally:
                 if self._sender is not None:
-                    await self._sender.aclose()
+                    await self._end_sender(self._sender, rest)
         if rest is None:
             return True
         if rest is error:
             return False
         raise rest from None
+
+    async def _end_sender(self, sender: contextlib.AsyncExitStack, rest: BaseException | None) -> None:
+        try:
+            await sender.aclose()
+        except BaseException as error:
+            # A cancellation comes again at the next checkpoint; it must not replace a bug that goes on.
+            if rest is None or BaseExceptionGroup("", [error]).split(trio.Cancelled)[1] is not None:
+                raise
 
     def _split(self, error: BaseException) -> tuple[BaseException | None, BaseException | None]:
         """Tell what this block ends on quietly from what goes on."""
@@ -274,8 +301,8 @@ class Connection(trio.abc.HalfCloseableStream):
                 return error.connection is self
             case IncompleteReadError():
                 return error.stream is self
-            case trio.ClosedResourceError():
-                return self._closed
+            case _ClosedError():
+                return error.connection is self and self._closed
             case _:
                 return isinstance(error, ProtocolError)
 
@@ -288,11 +315,16 @@ class Connection(trio.abc.HalfCloseableStream):
             return
         if self._scope is not None:  # what would have ended the body may end this, too
             self._scope = trio.CancelScope()
+        self._send_all_busy = True  # nothing is sent behind what is owed now
         try:
-            with self._scope or contextlib.nullcontext():
-                if self._owed or self._rest:
-                    await self._deliver()
-                self._eof_sent = True  # what is pushed from here on is ignored
+            with self._scope or _NO_SCOPE:
+                if self._owed or self._rest or self._sending:
+                    await self._deliver_alone()
+                self._closed = True
+                while self._receiving:  # a task outside of the block, which is to learn that it is over
+                    if self._waiting is not None:
+                        self._waiting.cancel()
+                    await self._wait_for_others()
                 if not self._ended:
                     await self._transport.linger()
         except trio.ClosedResourceError:
@@ -304,13 +336,16 @@ class Connection(trio.abc.HalfCloseableStream):
     def _drop(self) -> None:
         """Drop all that is buffered, either way; what then was cut short ends in a reset."""
         self._closed = True
-        if self._cut or self._rest or self._sending:
+        if self._cut or self._rest or self._in_pipe:
             self._transport.reset()
         self._buffer.clear()
+        self._drop_unsent()
+        self._wake_others()
+
+    def _drop_unsent(self) -> None:
         self._owed.clear()
         self._rest = _NOTHING
-        self.unsent = 0
-        self._wake_others()
+        self._taken = self._promised
 
     async def aclose(self) -> None:
         """Close the connection, without sending what is owed, and without lingering.
@@ -407,7 +442,11 @@ class Connection(trio.abc.HalfCloseableStream):
                 raise self._ended_early()
             self._buffer.append(data)
         elif not self._begun:
+            self._due = None  # of a request that was given up
             await trio.lowlevel.checkpoint()
+            self._check_open()
+            if not self._buffer.size:
+                raise trio.BusyResourceError("another task was receiving from this connection")
         return self._buffer.take(self._buffer.size if max_bytes is None else max_bytes)
 
     async def receive_exactly(self, n: int) -> bytes:
@@ -473,6 +512,7 @@ class Connection(trio.abc.HalfCloseableStream):
             raise trio.BusyResourceError("another task is receiving from this connection")
         outside = not self._begun  # of a request: then this is a message of its own
         if outside:
+            self._due = None  # of a request that was given up
             await trio.lowlevel.checkpoint()
         try:
             while not complete():
@@ -490,7 +530,7 @@ class Connection(trio.abc.HalfCloseableStream):
         """Return the next request; `StopAsyncIteration` if there will be none."""
         if self._begun:
             raise trio.BusyResourceError("another task is receiving from this connection")
-        if self.unsent >= self._max_owed:
+        if self._promised - self._taken >= self._max_owed:
             await self._deliver()
         if not self._buffer.size:
             self._taken_up = 0
@@ -516,6 +556,8 @@ class Connection(trio.abc.HalfCloseableStream):
             self._buffer.unmark()
             raise
         except BaseException:  # a cancellation, perhaps in a group: the request's time goes on
+            if self._due is None:
+                self._due = trio.current_time() + self._request_timeout
             self._buffer.rewind()
             raise
         finally:
@@ -532,8 +574,7 @@ class Connection(trio.abc.HalfCloseableStream):
         """
         if self._receiving:
             raise trio.BusyResourceError("another task is receiving from this connection")
-        if self._closed:
-            raise trio.ClosedResourceError("this connection was closed")
+        self._check_open()
         self._receiving = True
         try:
             if not self._handshaken:
@@ -546,18 +587,21 @@ class Connection(trio.abc.HalfCloseableStream):
             if self._ended or ((self._begun or self._drain.began_at is not None) and self._is_over()):
                 return b""
             while (data := self._transport.receive_nowait()) is None:
+                self._check_open()
                 # What arrived in time was received just now, even if time was up when this task had its turn.
                 if self._waiting is not None and self._waiting.cancelled_caught and self._gives_up_waiting():
                     return b""
                 with trio.CancelScope(deadline=self._deadline()) as self._waiting:
                     await self._transport.wait_for_data()
-        except ClientError:
+        except (ClientError, _ClosedError):
             raise
-        except trio.BrokenResourceError as error:
-            raise self._broke(_REST if self._begun else _REQUEST, error) from error
+        except _FAILURES as error:
+            raise self._failure(_REST if self._begun else _REQUEST, error) from error
         finally:
             self._receiving = False
             self._waiting = None
+            if self._others is not None:
+                self._wake_others()
         if data:
             self._fresh = False
             self._idle_due = None
@@ -631,14 +675,14 @@ class Connection(trio.abc.HalfCloseableStream):
         """
         with self._sole_sender():
             await trio.lowlevel.checkpoint()
-            await self._deliver()
+            await self._deliver_alone()
             await self._send(data)
 
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until `send_all` might not have to wait.
 
         Raises:
-            ClientError: if the client broke the connection, or makes no room for what was pushed.
+            ClientError: as `send_all` does.
             trio.BusyResourceError: as `send_all` does.
             trio.ClosedResourceError: as `send_all` does.
 
@@ -646,11 +690,18 @@ class Connection(trio.abc.HalfCloseableStream):
         """
         with self._sole_sender():
             await trio.lowlevel.checkpoint()
-            await self._deliver()
+            await self._deliver_alone()
+            self._sending = True
             try:
-                await self._transport.wait_for_room()
-            except trio.BrokenResourceError as error:
-                raise self._broke(_ROOM, error) from error
+                with trio.fail_after(self._idle_timeout):
+                    await self._transport.wait_for_room()
+            except trio.TooSlowError:
+                raise self._too_late(_ROOM) from None
+            except _FAILURES as error:
+                raise self._failure(_ROOM, error) from error
+            finally:
+                self._sending = False
+                self._wake_others()
 
     async def send_eof(self) -> None:
         """End this side, after what was pushed; the client may still send.
@@ -670,12 +721,13 @@ class Connection(trio.abc.HalfCloseableStream):
             return
         with self._sole_sender():
             await trio.lowlevel.checkpoint()
-            await self._deliver()
+            await self._deliver_alone()
             self._eof_sent = True
+            self._drop_unsent()  # it was pushed meanwhile
             try:
                 await self._transport.send_eof()
-            except trio.BrokenResourceError as error:
-                raise self._broke(_ROOM, error) from error
+            except _FAILURES as error:
+                raise self._failure(_ROOM, error) from error
 
     def push(self, data: bytes | bytearray | memoryview) -> None:
         """Have ``data`` sent, without waiting: after what was pushed before, and together with it.
@@ -693,7 +745,7 @@ class Connection(trio.abc.HalfCloseableStream):
         if self._closed or self._eof_sent or not data:
             return
         self._owed.append(data if isinstance(data, bytes) else bytes(data))
-        self.unsent += len(data)
+        self._promised += len(data)
         if self._max_unsent is None:
             return
         if self.unsent > self._max_unsent and self._handshaken and not self._sending:
@@ -715,8 +767,8 @@ class Connection(trio.abc.HalfCloseableStream):
         Each direction of a proxy is one of these. Between sockets, bulk moves inside the kernel (splice(2), on Linux).
 
         Args:
-            target: a `Connection` or any other stream; this connection for an echo. It is not closed, but if its last
-                message cannot be made whole, closing it will reset it.
+            target: a `Connection` or any other stream; this connection for an echo. If it cannot be sent all that it
+                was to be sent, a `Connection` will be reset when it is closed, and another stream is reset at once.
 
         Raises:
             ClientError: if this client broke the connection, or was idle while nothing was sent to it either; or if the
@@ -732,7 +784,7 @@ class Connection(trio.abc.HalfCloseableStream):
         try:
             while chunk := await self.receive_some():
                 with out._sole_sender():  # noqa: SLF001 - this class's
-                    await out._deliver()  # noqa: SLF001
+                    await out._deliver_alone()  # noqa: SLF001
                     await out._send(chunk)  # noqa: SLF001
                     if len(chunk) == RECEIVE_SIZE:  # more than one receive takes: let the kernel move the rest
                         await self._splice(out)
@@ -740,6 +792,8 @@ class Connection(trio.abc.HalfCloseableStream):
         except BaseException:
             if out is not self:  # what it was sent is not all that there was
                 out._cut_off()  # noqa: SLF001
+            if out is not target:
+                await close_as_broken(target)
             raise
 
     @contextlib.contextmanager
@@ -754,17 +808,29 @@ class Connection(trio.abc.HalfCloseableStream):
             yield
         finally:
             self._send_all_busy = False
+            self._wake_others()
 
     async def _deliver(self) -> None:
-        """Wait until everything is sent that is owed. No checkpoint, if the system takes all of it at once."""
-        while self._sending or self._rest or self._owed:
-            self._check_open()
-            if self._sending:  # another task is at it, and it may take along what is owed
-                await self._wait_for_others()
-            elif not self._handshaken:
-                await self._handshake()
-            elif not self._send_at_once():
-                await self._send_rest()
+        """Wait until everything that is owed is sent. No checkpoint, if the system takes all of it at once."""
+        due = self._promised
+        # What is pushed meanwhile goes along only if there is no task that sends it in its turn.
+        while self._taken < due or (self._taken < self._promised and self._sender is None):
+            await self._deliver_some()
+
+    async def _deliver_alone(self) -> None:
+        """Wait, too, until no message is in the middle of being sent."""
+        await self._deliver()
+        while self._rest or self._sending:
+            await self._deliver_some()
+
+    async def _deliver_some(self) -> None:
+        self._check_open()
+        if self._sending:  # another task is at it, and it may take along what is owed
+            await self._wait_for_others()
+        elif not self._handshaken:
+            await self._handshake()
+        elif not self._send_at_once():
+            await self._send_rest()
 
     def _send_at_once(self) -> bool:
         """Send what the system takes at once of what is owed, and return whether that was all."""
@@ -777,10 +843,9 @@ class Connection(trio.abc.HalfCloseableStream):
             self._owed.clear()
         try:
             sent = self._transport.send_nowait(data)
-        except trio.BrokenResourceError as error:
-            raise self._broke(_ROOM, error) from error
-        if pushed:
-            self.unsent -= sent
+        except _FAILURES as error:
+            raise self._failure(_ROOM, error) from error
+        self._taken += sent
         if sent:
             self._idle_due = None
             if self._waiting is not None:
@@ -798,6 +863,7 @@ class Connection(trio.abc.HalfCloseableStream):
             return
         self._rest = memoryview(data)
         self._rest_was_pushed = False
+        self._promised += len(data)
         try:
             await self._deliver()
         finally:
@@ -811,13 +877,13 @@ class Connection(trio.abc.HalfCloseableStream):
                 with trio.fail_after(self._idle_timeout):
                     sent = await self._transport.send_some(self._rest)
                 self._rest = self._rest[sent:]
-                if self._rest_was_pushed:
-                    self.unsent -= sent
+                self._taken += sent
                 self._client_is_there()
+            self._rest = _NOTHING  # an empty view would hold on to the caller's
         except trio.TooSlowError:
             raise self._too_late(_ROOM) from None
-        except trio.BrokenResourceError as error:
-            raise self._broke(_ROOM, error) from error
+        except _FAILURES as error:
+            raise self._failure(_ROOM, error) from error
         finally:
             self._sending = False
             self._wake_others()
@@ -830,6 +896,10 @@ class Connection(trio.abc.HalfCloseableStream):
 
     async def _send_what_is_pushed(self) -> None:
         while not self._closed:
+            # In `send_all`, another task delivers what was pushed before; what is pushed meanwhile comes after it.
+            if self._send_all_busy or self._taken == self._promised:
+                await self._wait_for_others()
+                continue
             try:
                 await self._deliver()
             except ClientError as error:
@@ -837,7 +907,6 @@ class Connection(trio.abc.HalfCloseableStream):
                 return
             except trio.ClosedResourceError:
                 return
-            await self._wait_for_others()
 
     async def _wait_for_others(self) -> None:
         if self._others is None:
@@ -857,18 +926,17 @@ class Connection(trio.abc.HalfCloseableStream):
             pipe = Pipe()
         except OSError:  # no descriptors left, or not Linux; there is the plain way
             return
-        held = 0
         self._receiving = out._sending = True  # noqa: SLF001
         try:
             for _ in range(SPLICES_PER_TURN):
-                held = self._splice_to(source, pipe)
-                if not held:
+                out._in_pipe = self._splice_to(source, pipe)  # noqa: SLF001
+                if not out._in_pipe:  # noqa: SLF001
                     return
-                while held:
-                    held -= await out._splice_from(pipe, target)  # noqa: SLF001
+                while out._in_pipe:  # noqa: SLF001
+                    out._in_pipe -= await out._splice_from(pipe, target)  # noqa: SLF001
                 await trio.lowlevel.checkpoint()
         except BaseException:
-            if held:
+            if out._in_pipe:  # noqa: SLF001
                 out._cut_off()  # noqa: SLF001
             raise
         finally:
@@ -879,8 +947,8 @@ class Connection(trio.abc.HalfCloseableStream):
     def _splice_to(self, source: SocketTransport, pipe: Pipe) -> int:
         try:
             return source.splice_to(pipe)
-        except trio.BrokenResourceError as error:
-            raise self._broke(_REQUEST, error) from error
+        except _FAILURES as error:
+            raise self._failure(_REQUEST, error) from error
         except OSError:  # a sandbox forbids it; there is the plain way
             return 0
 
@@ -892,8 +960,8 @@ class Connection(trio.abc.HalfCloseableStream):
                     await target.wait_for_room()
         except trio.TooSlowError:
             raise self._too_late(_ROOM) from None
-        except trio.BrokenResourceError as error:
-            raise self._broke(_ROOM, error) from error
+        except _FAILURES as error:
+            raise self._failure(_ROOM, error) from error
         self._client_is_there()
         return sent
 
@@ -911,20 +979,22 @@ class Connection(trio.abc.HalfCloseableStream):
                 await self._transport.handshake()
         except trio.TooSlowError:
             raise self._too_late(_HANDSHAKE) from None
-        except trio.BrokenResourceError as error:
-            raise self._broke(_HANDSHAKE, error) from error
+        except _FAILURES as error:
+            raise self._failure(_HANDSHAKE, error) from error
         if stop.cancelled_caught:
             raise self._too_late(_HANDSHAKE)
         self._handshaken = True
 
     def _check_open(self) -> None:
         if self._closed:
-            raise trio.ClosedResourceError("this connection was closed")
+            raise _ClosedError(self)
 
     def _too_late(self, what: str) -> ClientError:
         return ClientError(f"timed out, awaiting {what}", self, "late", logging.WARNING)
 
-    def _broke(self, what: str, error: trio.BrokenResourceError) -> ClientError:
+    def _failure(self, what: str, error: trio.BrokenResourceError | trio.ClosedResourceError) -> Exception:
+        if isinstance(error, trio.ClosedResourceError):
+            return _ClosedError(self)
         # A client that breaks off is no news; one that does not get as far as TLS may be.
         level = logging.WARNING if what == _HANDSHAKE else logging.DEBUG
         message = f"broke the connection, awaiting {what}: {failure_reason(error)}"

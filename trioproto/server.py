@@ -329,12 +329,12 @@ class _Acceptor:
             await self._connections.room()
             try:
                 if listening is not None and isinstance(self._listener, trio.SocketListener):
-                    if forever:
+                    if forever and self._listener.socket.fileno() != -1:
                         await trio.lowlevel.wait_readable(self._listener.socket)
                     else:
                         await trio.lowlevel.checkpoint()
-                        if self._listener.socket.fileno() == -1:  # closed; the descriptor may be another's by now
-                            return
+                    if self._listener.socket.fileno() == -1:  # and ``listening`` may be another's by now
+                        raise trio.ClosedResourceError("this listener was closed")
                     empty = self._start_queued(listening)
                 else:
                     # Two listeners that are no sockets may both wait here for the last place: one is served too many.

@@ -147,9 +147,10 @@ class StreamTransport:
         self._reset = True
 
     async def aclose(self) -> None:
-        if self._reset or self.needs_handshake:  # TLS then says no goodbye, so the peer takes the end for a break
-            if self._reset:
-                _reset(self._stream)
+        if self._reset:
+            await close_as_broken(self._stream)
+            return
+        if self.needs_handshake:
             await trio.aclose_forcefully(self._stream)
             return
         # TLS says goodbye first, and may have to wait for room to say it.
@@ -277,14 +278,14 @@ def _stream_error(error: OSError) -> Exception:
     return trio.BrokenResourceError(f"socket connection broken: {error}")
 
 
-def _reset(stream: trio.abc.AsyncResource) -> None:
-    """Have the end of ``stream`` look like a break, if it is of a kind that can be reset."""
-    if isinstance(stream, trio.SSLStream):
-        stream = stream.transport_stream
-    if isinstance(stream, trio.SocketStream):
-        _reset_when_closed(stream.socket)
-    elif hasattr(stream, "reset"):  # a network in memory knows resets, too
-        stream.reset()
+async def close_as_broken(stream: trio.abc.AsyncResource) -> None:
+    """Close ``stream``, such that its peer does not take the end for one in order; with a reset, if it knows resets."""
+    below = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
+    if isinstance(below, trio.SocketStream):
+        _reset_when_closed(below.socket)
+    elif hasattr(below, "reset"):  # a network in memory knows resets, too
+        below.reset()
+    await trio.aclose_forcefully(stream)  # TLS then says no goodbye
 
 
 def _reset_when_closed(closing: trio.socket.SocketType) -> None:

@@ -27,8 +27,9 @@ HOST = "127.0.0.1"
 MAX_CONNECTIONS = 1000
 GRACE_PERIOD = 10.0
 
-# From when no new connections can begin until the accept queues are emptied: time for handshakes that had begun.
-HANDSHAKE_SECONDS = 0.1
+# From when no new connections can begin until the accept queues are emptied: time for handshakes that had begun, whose
+# last packet is as far away as the client; 0.3 s is the other side of the world.
+HANDSHAKE_SECONDS = 0.5
 
 # Signals that come within so many seconds of the first are part of it. What stops a server may well send several: a
 # terminal, or systemd, signals all of a service's processes, and a wrapper among them passes on what it gets.
@@ -181,10 +182,6 @@ async def run_until_signal(
                     await accepting.aclose()
                     await trio.sleep(HANDSHAKE_SECONDS)
                     shutdown.set()
-                    # Two turns of the scheduler later, no acceptor is left between being told that a connection waits
-                    # and accepting it, from a descriptor that is closed by then.
-                    await trio.lowlevel.checkpoint()
-                    await trio.lowlevel.checkpoint()
                     close_listeners([listener for listener in listeners if listener.socket.fileno() in outliving])
 
                 nursery.start_soon(heed_signals)
