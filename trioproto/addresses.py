@@ -34,8 +34,7 @@ def peer_address(stream: trio.abc.AsyncResource) -> object:
 
     A socket whose connection is already gone has no peer that the system could tell of.
     """
-    if isinstance(stream, trio.SSLStream):
-        stream = stream.transport_stream
+    stream = getattr(stream, "transport_stream", stream)  # TLS is on another one
     if not isinstance(stream, trio.SocketStream):
         return getattr(stream, "peer_address", None)  # a network in memory has addresses, too
     try:

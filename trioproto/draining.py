@@ -133,6 +133,6 @@ def accepted_as(stream: trio.abc.AsyncResource) -> Accepted:
     if accepted is not None:
         if accepted.stream is stream:
             return accepted
-        if type(stream) is trio.SSLStream and accepted.stream is stream.transport_stream:
+        if getattr(stream, "transport_stream", None) is accepted.stream:  # TLS is on another one
             return accepted
     return Accepted(stream, peer_address(stream), None, NEVER, trio.current_time())

@@ -13,7 +13,7 @@ import os
 import socket
 import struct
 from collections.abc import Awaitable
-from typing import Protocol
+from typing import Protocol, cast
 
 import trio
 
@@ -88,6 +88,8 @@ def transport_for(stream: trio.abc.Stream) -> Transport:
     """Return the fastest transport that there is for ``stream``."""
     if isinstance(stream, trio.SocketStream) and os.name == "posix":
         return SocketTransport(stream)
+    if hasattr(stream, "receive_nowait"):  # it is a transport itself, as `trioproto.tls.TLSStream` is
+        return cast("Transport", stream)
     return StreamTransport(stream)
 
 
@@ -280,7 +282,7 @@ def _stream_error(error: OSError) -> Exception:
 
 async def close_as_broken(stream: trio.abc.AsyncResource) -> None:
     """Close ``stream``, such that its peer does not take the end for one in order; with a reset, if it knows resets."""
-    below = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
+    below = getattr(stream, "transport_stream", stream)  # TLS is on another one
     if isinstance(below, trio.SocketStream):
         _reset_when_closed(below.socket)
     elif hasattr(below, "reset"):  # a network in memory knows resets, too

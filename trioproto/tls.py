@@ -1,0 +1,305 @@
+"""TLS on a socket (RFC 8446), by direct reads and writes: OpenSSL turns bytes into bytes, and does no I/O itself.
+
+A `trio.SSLStream` goes through another stream, and so through Trio's scheduler, for whatever it sends and receives.
+Here, what the kernel has or takes at once moves with a direct call, as on a plain socket (`trioproto.transport`).
+"""
+
+import contextlib
+import operator
+import ssl
+from collections.abc import Awaitable, Iterator
+
+import trio
+
+from trioproto.transport import CLOSE_SECONDS, SocketTransport
+
+# The most that one record holds (RFC 8446, section 5.1).
+_RECORD = 2**14
+
+# How much of a message is encrypted at once, and then waits for the system to take it.
+_PIECE = 65536
+
+# The most that may wait: a piece, and answers to the peer's own TLS messages, such as requests to change the keys.
+_MAX_ENCRYPTED = 4 * _PIECE
+
+
+class TLSStream(trio.abc.HalfCloseableStream):
+    """TLS on a connected socket.
+
+    The handshake is made before the first byte either way. If what waits for it is cancelled, the next use goes on
+    with it. `send_eof` sends close_notify; before TLS 1.3 that would end both sides, and is left to `aclose`.
+
+    `trioproto.Connection` uses it as a transport, too, by the methods of `trioproto.transport.Transport`.
+
+    Args:
+        stream: the socket. Nobody else may use it from here on.
+        context: certificates and settings.
+        server_side: whether this is the server's side of the connection.
+        server_hostname: on a client's side, whose certificate the server has to show.
+
+    All methods raise `trio.BrokenResourceError` if the connection is broken, or what arrives is not TLS, fails the
+    checks of ``context``, or ends without close_notify; and `trio.ClosedResourceError` if it is closed.
+
+    Attributes:
+        transport_stream: ``stream``.
+    """
+
+    __slots__ = (
+        "_below",
+        "_busy",
+        "_cut",
+        "_encrypted",
+        "_encrypted_size",
+        "_end",
+        "_eof_sent",
+        "_handshaking",
+        "_incoming",
+        "_left",
+        "_object",
+        "_outgoing",
+        "needs_handshake",
+        "transport_stream",
+    )
+
+    last_look = 0.0
+
+    def __init__(
+        self,
+        stream: trio.SocketStream,
+        context: ssl.SSLContext,
+        *,
+        server_side: bool = False,
+        server_hostname: str | None = None,
+    ) -> None:
+        self.transport_stream = stream
+        self.needs_handshake = True
+        self._below = SocketTransport(stream)
+        self._handshaking = trio.Lock()
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._object = context.wrap_bio(
+            self._incoming, self._outgoing, server_side=server_side, server_hostname=server_hostname
+        )
+        self._end: ssl.SSLError | bytes | None = None  # b"" after close_notify, or why nothing more can be received
+        self._encrypted: bytes | memoryview = b""  # what the system has not taken ...
+        self._encrypted_size = 0  # ... and how many bytes of a message are in it
+        self._cut = False  # what was sent ends in the middle of a message
+        # For those who use it as a stream.
+        self._left = b""  # what was received and not asked for
+        self._eof_sent = False
+        self._busy: set[str] = set()
+
+    # As a transport.
+
+    async def handshake(self) -> None:
+        """Make the TLS handshake, or wait until another task has made it. A checkpoint."""
+        async with self._handshaking:
+            while self.needs_handshake:
+                try:
+                    self._object.do_handshake()
+                    self.needs_handshake = False
+                except ssl.SSLWantReadError:
+                    pass
+                except ssl.SSLError as error:
+                    with contextlib.suppress(trio.BrokenResourceError):
+                        self._flush()  # the alert that tells the peer what is wrong
+                    raise _broken(error) from error
+                await self._flush_all()
+                while self.needs_handshake and not self._take_in():
+                    await self._below.wait_for_data()
+
+    def receive_nowait(self) -> bytes | None:
+        # What came together with the end of the handshake is here already.
+        if self._end is None and (self._incoming.pending or self._take_in()):
+            data = self._decrypt()
+            if self._incoming.pending:
+                pieces = [data]
+                while self._end is None and self._incoming.pending:
+                    pieces.append(self._decrypt())
+                data = b"".join(pieces)
+            if self._outgoing.pending and not self._flush() and len(self._encrypted) > _MAX_ENCRYPTED:
+                raise trio.BrokenResourceError("the peer takes no answers to its TLS messages")
+            if data:
+                return data
+        if isinstance(self._end, ssl.SSLError):
+            raise _broken(self._end) from self._end
+        return self._end
+
+    def wait_for_data(self) -> Awaitable[None]:
+        return self._below.wait_for_data()
+
+    def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
+        # What is encrypted cannot be taken back: until it is sent, this has to be called with the same ``data``.
+        if not self._encrypted_size:
+            try:
+                self._encrypted_size = self._object.write(data if len(data) <= _PIECE else memoryview(data)[:_PIECE])
+            except ssl.SSLError as error:
+                raise _broken(error) from error
+        if not self._flush():
+            return 0
+        sent, self._encrypted_size = self._encrypted_size, 0
+        return sent
+
+    async def send_some(self, data: memoryview) -> int:
+        sent = 0
+        while not sent:
+            await self._below.wait_for_room()
+            sent = self.send_nowait(data)
+        return sent
+
+    async def wait_for_room(self) -> None:
+        await self._below.wait_for_room()
+
+    async def linger(self) -> None:
+        self._say_goodbye()
+        with trio.move_on_after(CLOSE_SECONDS), contextlib.suppress(trio.BrokenResourceError):
+            await self._flush_all()
+        await self._below.linger()
+
+    def reset(self) -> None:
+        self._cut = True
+        self._below.reset()
+
+    def _take_in(self) -> bool:
+        """Receive bytes, or end of stream, for OpenSSL, and return whether there was either."""
+        data = self._below.receive_nowait()
+        if data is None:
+            return False
+        if data:
+            self._incoming.write(data)
+        else:
+            self._incoming.write_eof()
+        return True
+
+    def _decrypt(self) -> bytes:
+        """Return what the next record holds; nothing, if it is not all there, or is a message of TLS's own."""
+        try:
+            data = self._object.read(_RECORD)
+        except ssl.SSLWantReadError:
+            return b""
+        except ssl.SSLZeroReturnError:
+            data = b""
+        except ssl.SSLError as error:
+            self._end = error
+            return b""
+        if not data:
+            self._end = b""
+        return data
+
+    def _flush(self) -> bool:
+        """Send what is encrypted, and return whether the system has taken all of it."""
+        if self._outgoing.pending:
+            encrypted = self._outgoing.read()
+            self._encrypted = b"".join((self._encrypted, encrypted)) if self._encrypted else encrypted
+        if self._encrypted:
+            sent = self._below.send_nowait(self._encrypted)
+            self._encrypted = b"" if sent == len(self._encrypted) else memoryview(self._encrypted)[sent:]
+        return not self._encrypted
+
+    async def _flush_all(self) -> None:
+        while not self._flush():
+            await self._below.wait_for_room()
+
+    def _say_goodbye(self) -> None:
+        with contextlib.suppress(ssl.SSLError):  # SSLWantReadError: the peer has not said it yet
+            self._object.unwrap()
+
+    # As a stream.
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """Receive what has arrived, at most ``max_bytes``; if nothing has, wait for it. ``b""`` after close_notify.
+
+        On cancellation, no byte is lost. A checkpoint.
+        """
+        if max_bytes is not None and operator.index(max_bytes) < 1:
+            raise ValueError(f"max_bytes must be at least 1, not {max_bytes}")
+        with self._only_one("receiving"):
+            await self._shake_hands()
+            while not self._left:
+                data = self.receive_nowait()
+                if data is None:
+                    await self.wait_for_data()
+                elif data:
+                    self._left = data
+                else:
+                    break
+            end = len(self._left) if max_bytes is None else max_bytes
+            data, self._left = self._left[:end], self._left[end:]
+            return data
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Send ``data``, and wait until the system has taken all of it.
+
+        On cancellation, part of it may have been sent; nothing more can be sent then. A checkpoint.
+        """
+        with self._only_one("sending"):
+            if self._eof_sent:
+                raise trio.ClosedResourceError("this side of the connection was ended")
+            if self._cut:
+                raise trio.BrokenResourceError("an earlier send was cut off")
+            await self._shake_hands()
+            with memoryview(data) as view:
+                self._cut = True
+                sent = self.send_nowait(view) if view else 0
+                while sent < len(view):
+                    sent += await self.send_some(view[sent:])
+                self._cut = False
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """Wait until `send_all` might not have to wait. A checkpoint."""
+        with self._only_one("sending"):
+            if self._eof_sent:
+                raise trio.ClosedResourceError("this side of the connection was ended")
+            await self._shake_hands()
+            await self.wait_for_room()
+
+    async def send_eof(self) -> None:
+        """End this side; the peer may still send. Before TLS 1.3, the peer learns of it by `aclose`.
+
+        On cancellation, this side may have ended, or not. A checkpoint.
+        """
+        with self._only_one("sending"):
+            await self._shake_hands()
+            self._eof_sent = True
+            if self._object.version() == "TLSv1.3":
+                self._say_goodbye()
+                await self._flush_all()
+
+    async def aclose(self) -> None:
+        """Close the connection, after a close_notify, unless it is cut in the middle of what was sent.
+
+        On cancellation, it is closed at once. A checkpoint.
+        """
+        try:
+            if not (self._cut or self._encrypted_size or self.needs_handshake):
+                self._say_goodbye()
+                with trio.move_on_after(CLOSE_SECONDS), contextlib.suppress(*_GONE):
+                    await self._flush_all()
+        finally:
+            self._left = b""
+            await self._below.aclose()
+        await trio.lowlevel.checkpoint()
+
+    async def _shake_hands(self) -> None:
+        if self.needs_handshake:
+            await self.handshake()
+        else:
+            await trio.lowlevel.checkpoint()
+
+    @contextlib.contextmanager
+    def _only_one(self, what: str) -> Iterator[None]:
+        if what in self._busy:
+            raise trio.BusyResourceError(f"another task is {what}")
+        if self.transport_stream.socket.fileno() == -1:
+            raise trio.ClosedResourceError("this connection was closed")
+        self._busy.add(what)
+        try:
+            yield
+        finally:
+            self._busy.discard(what)
+
+
+_GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
+
+
+def _broken(error: ssl.SSLError) -> trio.BrokenResourceError:
+    return trio.BrokenResourceError(f"TLS failed: {error}")
