@@ -14,7 +14,7 @@ import trio
 import trio.testing
 from helpers import LIMIT, client_tls, receive_to_end, reset, server_tls, serving, socket_streams, tls_contexts
 
-from trioproto import Connection, echo_handler, receive_exactly
+from trioproto import ClientError, Connection, echo_handler, receive_exactly
 from trioproto.tls import _MAX_ENCRYPTED, TLSStream
 
 Ends = tuple[TLSStream, TLSStream]
@@ -222,6 +222,23 @@ async def test_handshake_of_two_tasks() -> None:
             await client.send_all(b"hello")
         await trio.aclose_forcefully(client)
         await trio.aclose_forcefully(server)
+
+
+async def test_time_of_a_handshake_whose_waits_are_cancelled() -> None:
+    """It is not given anew: a client that does not shake hands is late for a handler that polls, too."""
+    client, server = await ends()
+    connection = Connection(server, request_timeout=0.1)
+
+    async def poll() -> None:
+        while True:
+            with trio.move_on_after(0.01):
+                await connection.receive_some()
+
+    with trio.fail_after(LIMIT):
+        with pytest.raises(ClientError, match="timed out, awaiting a TLS handshake"):
+            await poll()
+        await connection.aclose()
+        await client.aclose()
 
 
 async def test_peer_that_speaks_no_tls() -> None:

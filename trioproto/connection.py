@@ -973,9 +973,11 @@ class Connection(trio.abc.HalfCloseableStream):
     # What a client did.
 
     async def _handshake(self) -> None:
+        if self._idle_due is None:  # kept there, so that waits which are cancelled give it no new time
+            self._idle_due = trio.current_time() + self._request_timeout
         stop = None
         try:
-            with trio.fail_after(self._request_timeout), self._drain.ends_wait(earliest=self._last_call()) as stop:
+            with trio.fail_at(self._idle_due), self._drain.ends_wait(earliest=self._last_call()) as stop:
                 await self._transport.handshake()
         except trio.TooSlowError:
             raise self._too_late(_HANDSHAKE) from None
@@ -984,6 +986,7 @@ class Connection(trio.abc.HalfCloseableStream):
         if stop.cancelled_caught:
             raise self._too_late(_HANDSHAKE)
         self._handshaken = True
+        self._idle_due = None
 
     def _check_open(self) -> None:
         if self._closed:
