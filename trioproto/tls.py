@@ -19,8 +19,9 @@ _RECORD = 2**14
 # How much of a message is encrypted at once, and then waits for the system to take it.
 _PIECE = 65536
 
-# The most that may wait: a piece, and answers to the peer's own TLS messages, such as requests to change the keys.
-_MAX_ENCRYPTED = 4 * _PIECE
+# Answers to what the peer asks for in TLS itself, such as new keys, go with the next message. This is the most that
+# may wait for one.
+_MAX_ANSWERS = 65536
 
 
 class TLSStream(trio.abc.HalfCloseableStream):
@@ -93,15 +94,18 @@ class TLSStream(trio.abc.HalfCloseableStream):
     async def handshake(self) -> None:
         """Make the TLS handshake, or wait until another task has made it. A checkpoint."""
         async with self._handshaking:
+            if self._object.server_side and self.needs_handshake:
+                self._take_in()  # a client begins, and has mostly done so by now
             while self.needs_handshake:
                 try:
                     self._object.do_handshake()
                     self.needs_handshake = False
+                    if self._object.server_side and self._object.version() == "TLSv1.3":
+                        break  # what is left to send, session tickets, goes with the first message
                 except ssl.SSLWantReadError:
                     pass
                 except ssl.SSLError as error:
-                    with contextlib.suppress(trio.BrokenResourceError):
-                        self._flush()  # the alert that tells the peer what is wrong
+                    self._send_alert()
                     raise _broken(error) from error
                 await self._flush_all()
                 while self.needs_handshake and not self._take_in():
@@ -116,8 +120,8 @@ class TLSStream(trio.abc.HalfCloseableStream):
                 while self._end is None and self._incoming.pending:
                     pieces.append(self._decrypt())
                 data = b"".join(pieces)
-            if self._outgoing.pending and not self._flush() and len(self._encrypted) > _MAX_ENCRYPTED:
-                raise trio.BrokenResourceError("the peer takes no answers to its TLS messages")
+            if self._outgoing.pending > _MAX_ANSWERS:
+                raise trio.BrokenResourceError("the peer asks for new keys again and again")
             if data:
                 return data
         if isinstance(self._end, ssl.SSLError):
@@ -180,6 +184,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
             data = b""
         except ssl.SSLError as error:
             self._end = error
+            self._send_alert()
             return b""
         if not data:
             self._end = b""
@@ -198,6 +203,11 @@ class TLSStream(trio.abc.HalfCloseableStream):
     async def _flush_all(self) -> None:
         while not self._flush():
             await self._below.wait_for_room()
+
+    def _send_alert(self) -> None:
+        """Tell the peer what is wrong, if OpenSSL has an alert for it (RFC 8446, section 6.2)."""
+        with contextlib.suppress(trio.BrokenResourceError):
+            self._flush()
 
     def _say_goodbye(self) -> None:
         with contextlib.suppress(ssl.SSLError):  # SSLWantReadError: the peer has not said it yet
@@ -272,8 +282,10 @@ class TLSStream(trio.abc.HalfCloseableStream):
         try:
             if not (self._cut or self._encrypted_size or self.needs_handshake):
                 self._say_goodbye()
-                with trio.move_on_after(CLOSE_SECONDS), contextlib.suppress(*_GONE):
-                    await self._flush_all()
+                with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    if not self._flush():
+                        with trio.move_on_after(CLOSE_SECONDS):
+                            await self._flush_all()
         finally:
             self._left = b""
             await self._below.aclose()
@@ -296,9 +308,6 @@ class TLSStream(trio.abc.HalfCloseableStream):
             yield
         finally:
             self._busy.discard(what)
-
-
-_GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 
 def _broken(error: ssl.SSLError) -> trio.BrokenResourceError:
