@@ -4,10 +4,11 @@ Each round starts every server anew, one at a time, and puts the load of ``load.
 the replies. A round gives the ratio of trioproto's rate to each peer's; the result is the median over the rounds. Rates
 differ between machines, and from one minute to the next on the same machine; ratios of neighbours in time much less.
 
-Run it on a quiet machine with Linux and a C compiler; it takes about five minutes::
+Run it on a quiet machine with Linux, a C compiler and OpenSSL's headers (Debian: ``gcc libssl-dev openssl``); it takes
+about ten minutes. In a clone of trioproto::
 
-    pip install "trioproto[speed]"
-    python examples/speed/compare.py [--write DIRECTORY]
+    pip install '.[speed]'
+    python examples/speed/compare.py [--write DIRECTORY] [--readme FILE]
 
 Look for the ratios: 2 means that trioproto answers twice as much as that peer, 0.5 half as much. In the chart, look for
 the thin lines, too: they go from the smallest ratio of a round to the greatest. Where they are long, the machine was
@@ -18,7 +19,6 @@ import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -26,6 +26,7 @@ import platform
 import shlex
 import shutil
 import socket
+import ssl
 import statistics
 import subprocess
 import sys
@@ -43,6 +44,9 @@ from trioproto.cli.arguments import count, seconds
 HERE = Path(__file__).parent
 PEERS = ["trio", "asyncio-streams", "asyncio-protocol", "uvloop-streams", "uvloop-protocol"]
 LOG_LINES = 10  # of a server's log, shown when it fails
+BUSY = 0.95  # from this share of the time on, it may be the load generator that limits the rate
+# Between these two lines, a README has the table.
+BEGIN, END = "<!-- what follows is written by examples/speed/compare.py -->\n", "<!-- end of what it writes -->\n"
 
 
 @attrs.frozen
@@ -54,12 +58,14 @@ class Workload:
         kind: ``"echo"``, ``"op"``, ``"pipe"`` or ``"bulk"``; see ``load.c``.
         connections: how many are open at once.
         size: bytes in a message, or operands in a request.
+        tls: whether it goes over TLS.
     """
 
     title: str
     kind: str
     connections: int
     size: int
+    tls: bool = False
 
     @property
     def protocol(self) -> str:
@@ -77,16 +83,23 @@ WORKLOADS = {
     "op": Workload("op: a connection for each request, 10 at once", "op", 10, 5),
     "pipe": Workload("op: 32 requests in flight on each of 10 connections", "pipe", 10, 5),
     "bulk": Workload("echo in bulk: 4 connections, 64 KiB", "bulk", 4, 65536),
+    "tls-echo-10": Workload("TLS, echo: 10 connections, 1 KiB", "echo", 10, 1024, tls=True),
+    "tls-echo-100": Workload("TLS, echo: 100 connections, 1 KiB", "echo", 100, 1024, tls=True),
+    "tls-echo-large": Workload("TLS, echo: 4 connections, 60,000 bytes", "echo", 4, 60_000, tls=True),
+    "tls-op": Workload("TLS, op: a connection and a handshake for each request, 10 at once", "op", 10, 5, tls=True),
 }
 
 
 @attrs.frozen
 class Run:
-    """What the load generator found: the fields of its JSON."""
+    """What the load generator found: the fields of its JSON, which ``load.c`` explains."""
 
     rate: float
-    failures: int
-    reason: str
+    p50: float | None = None
+    p99: float | None = None
+    busy: float = 0.0
+    failures: int = 0
+    reason: str = ""
 
 
 @attrs.frozen
@@ -104,6 +117,12 @@ class Result:
         """Return trioproto's rate over a peer's, in each round."""
         return [ours.rate / theirs.rate for ours, theirs in zip(self.runs["trioproto"], self.runs[peer], strict=True)]
 
+    def latencies(self, server: str) -> tuple[float, float] | None:
+        """Return a server's latencies in microseconds: the medians of p50 and p99; None if there were none."""
+        p50s = [run.p50 for run in self.runs[server] if run.p50 is not None]
+        p99s = [run.p99 for run in self.runs[server] if run.p99 is not None]
+        return (statistics.median(p50s), statistics.median(p99s)) if p50s else None
+
 
 class ComparisonError(Exception):
     """What makes a comparison impossible, or void."""
@@ -120,18 +139,46 @@ def on_core(core: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def compile_load(compiler: str, directory: Path) -> Path:
-    """Compile the load generator into ``directory``."""
-    load = directory / "load"
-    subprocess.run([compiler, "-O2", "-Wall", "-Wextra", "-o", load, HERE / "load.c"], check=True)
+def compile_load(compiler: str, directory: Path, *, tls: bool) -> Path:
+    """Compile the load generator into ``directory``, for plain TCP or for TLS.
+
+    Raises:
+        ComparisonError: if that fails. The compiler has said why.
+    """
+    load = directory / ("load-tls" if tls else "load")
+    options = ["-DTLS", "-lssl", "-lcrypto"] if tls else []
+    done = subprocess.run([compiler, "-O2", "-Wall", "-Wextra", "-o", load, HERE / "load.c", *options], check=False)
+    if done.returncode != 0:
+        hint = "; for TLS it needs OpenSSL's headers (Debian: libssl-dev), or choose other --workloads" if tls else ""
+        raise ComparisonError(f"cannot compile load.c{hint}")
     return load
 
 
-def server_command(server: str, protocol: str, host: str) -> list[str]:
-    """Return the command that starts a server: trioproto as its users start it, with its limits and time-outs."""
-    if server == "trioproto":
-        return [sys.executable, "-m", "trioproto", protocol, "--host", host, "--port", "0"]
-    return [sys.executable, str(HERE / "peers.py"), server, protocol, host]
+def make_certificate(directory: Path) -> tuple[str, str]:
+    """Make a certificate for the servers, and return its file and its key's.
+
+    It has an RSA key: with an elliptic curve's, a handshake would cost OpenSSL 3.0's client more than the server, and
+    the load generator would be what limits the rate.
+    """
+    certificate, key = str(directory / "certificate.pem"), str(directory / "key.pem")
+    options = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+    subprocess.run(
+        ["openssl", "req", *options, "-keyout", key, "-out", certificate],  # noqa: S607 - wherever it is
+        check=True,
+        capture_output=True,
+    )
+    return certificate, key
+
+
+def server_command(server: str, protocol: str, certificate: tuple[str, str] | None) -> list[str]:
+    """Return the command that starts a server, over TLS if there is a certificate.
+
+    trioproto is started as its users start it, with its limits and time-outs.
+    """
+    if server != "trioproto":
+        return [sys.executable, str(HERE / "peers.py"), server, protocol, "127.0.0.1", *(certificate or ())]
+    tls = ["--tls-cert", certificate[0], "--tls-key", certificate[1]] if certificate else []
+    return [sys.executable, "-m", "trioproto", protocol, "--port", "0", *tls]
 
 
 def greet(host: str, port: int) -> None:
@@ -181,18 +228,31 @@ def measure(command: Sequence[str], workload: Workload, time: float, *, load: Pa
 
 
 def compare(
-    workload: Workload, peers: Sequence[str], rounds: int, time: float, *, load: Path, cores: tuple[int, int]
+    workload: Workload,
+    peers: Sequence[str],
+    rounds: int,
+    time: float,
+    *,
+    load: Path,
+    certificate: tuple[str, str] | None,
+    cores: tuple[int, int],
 ) -> Result:
-    """Run one workload against trioproto and each of ``peers`` in turn, ``rounds`` times."""
-    # A connection that a client has closed keeps its two addresses for a minute (TIME_WAIT), and a workload with a
-    # connection for each request leaves tens of thousands. Each server has another address, and with it, all of the
-    # client's ports again.
-    hosts = itertools.cycle(f"127.0.0.{number}" for number in range(2, 255))
+    """Run one workload against trioproto and each of ``peers`` in turn, ``rounds`` times.
+
+    Args:
+        workload: what to do.
+        peers: the other servers.
+        rounds: how often.
+        time: seconds for each server in each round.
+        load: the load generator: that for TLS if the workload has it.
+        certificate: the servers', for TLS; None without.
+        cores: the server's and the load generator's.
+    """
     result = Result(workload, {server: [] for server in ["trioproto", *peers]})
     for number in range(1, rounds + 1):
         print(f"{workload.title}: round {number} of {rounds}", file=sys.stderr)
         for server, runs in result.runs.items():
-            command = server_command(server, workload.protocol, next(hosts))
+            command = server_command(server, workload.protocol, certificate)
             run = measure(command, workload, time, load=load, cores=cores)
             runs.append(run)
             if run.failures:
@@ -221,33 +281,70 @@ def describe(results: Sequence[Result], rounds: int, time: float, cores: tuple[i
     where = "server and load on the same core" if cores[0] == cores[1] else "server and load on a core each"
     lines = [
         f"The median over the rounds: {rounds}, of {time:g} s each.",
-        "Above 1, trioproto answers more than the peer; below 1, less.",
+        "Above 1, trioproto answers more than the peer; below 1 (bold, or orange), the peer answers more.",
+        "p50 / p99: half of the replies, and 99 % of them, came within so many µs, from a server that is fully loaded.",
         ", ".join(versions) + ".",
         f"{platform.system()} {platform.release()}, {cpu_model()}, {where}; congestion control {congestion_control()}.",
     ]
+    if any(result.workload.tls for result in results):
+        lines.insert(-1, f"TLS 1.3 with {ssl.OPENSSL_VERSION}, an RSA-2048 certificate, and no resumption of sessions.")
     for result in results:
         for server, runs in result.runs.items():
+            if statistics.median(run.busy for run in runs) > BUSY:
+                lines.append(f"In “{result.workload.title}”, {server} may do more: the load generator was the limit.")
             if failures := sum(run.failures for run in runs):
                 lines.append(f"Connections to {server} that failed in “{result.workload.title}”: {failures}.")
     return lines
 
 
+def format_latencies(latencies: tuple[float, float] | None) -> str:
+    """Write a median and a 99th percentile, in microseconds."""
+    return "" if latencies is None else f"{latencies[0]:,.0f} / {latencies[1]:,.0f}"
+
+
+def format_ratio(ratio: float) -> str:
+    """Write a ratio, in Markdown's bold where the peer is the faster one."""
+    return f"{ratio:.2f}" if ratio >= 1 else f"**{ratio:.2f}**"
+
+
 def table(results: Sequence[Result], notes: Sequence[str]) -> str:
-    """Return the ratios as a table in Markdown."""
-    peers = list(results[0].runs)[1:]
-    rows = [["workload", "trioproto", *(f"over {peer}" for peer in peers)], ["---", *["---:"] * (len(peers) + 1)]]
+    """Return the ratios and the latencies as a table in Markdown: two rows for each workload."""
+    servers = list(results[0].runs)
+    peers = servers[1:]
+    rows = [
+        ["workload", "", *servers],
+        ["---", "---", *["---:"] * len(servers)],
+    ]
     for result in results:
-        ratios = [f"{statistics.median(result.ratios(peer)):.2f}" for peer in peers]
-        rows.append([result.workload.title, result.workload.format_rate(result.rate("trioproto")), *ratios])
+        ratios = [format_ratio(statistics.median(result.ratios(peer))) for peer in peers]
+        rate = result.workload.format_rate(result.rate("trioproto"))
+        rows.append([result.workload.title, "rate ÷ peer's", rate, *ratios])
+        latencies = [format_latencies(result.latencies(server)) for server in servers]
+        if any(latencies):
+            rows.append(["", "p50 / p99, µs", *latencies])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 
 
+def put_into_readme(readme: Path, text: str) -> None:
+    """Replace what is between the lines `BEGIN` and `END` of a README.
+
+    Raises:
+        ComparisonError: if it does not have the two lines.
+    """
+    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ComparisonError(f"{readme} does not have the two lines between which the table belongs")
+    readme.write_text(f"{before}{begin}{text}{end}{after}", encoding="utf-8")
+
+
 STYLE = """
-    text { font: 14px system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: #1f2328 }
+    text { font: 13px system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: #1f2328 }
     .title { font-size: 17px; font-weight: 600; text-anchor: middle }
+    .panel { font-weight: 600; text-anchor: middle }
     .workload { font-weight: 600 }
-    .peer, .ratio { text-anchor: end }
+    .server, .number { text-anchor: end }
     .tick, .side { font-size: 12px; fill: #59636e; text-anchor: middle }
     .note { font-size: 12px; fill: #59636e }
     .card { fill: #ffffff; stroke: #d1d9e0 }
@@ -256,6 +353,8 @@ STYLE = """
     .spread { stroke: #1f2328; stroke-width: 1.5 }
     .more { fill: #54aeff }
     .less { fill: #fb8f44 }
+    .ours { stroke: #0969da; stroke-width: 3; fill: #0969da }
+    .theirs { stroke: #818b98; stroke-width: 3; fill: #818b98 }
     @media (prefers-color-scheme: dark) {
       text { fill: #f0f6fc }
       .tick, .side, .note { fill: #9198a1 }
@@ -265,62 +364,144 @@ STYLE = """
       .spread { stroke: #f0f6fc }
       .more { fill: #1f6feb }
       .less { fill: #bd561d }
+      .ours { stroke: #4493f8; fill: #4493f8 }
+      .theirs { stroke: #9198a1; fill: #9198a1 }
     }
 """
 
 
+# Where things are in the chart, in pixels.
+WIDTH, TOP, ROW = 900, 96, 18
+RATIOS_LEFT, RATIOS_RIGHT, RATIO_END = 140, 440, 490
+LATENCIES_LEFT, LATENCIES_RIGHT, LATENCY_END = 530, 740, WIDTH - 20
+
+
+@attrs.frozen
+class Axis:
+    """A logarithmic axis from ``left`` to ``right``, in pixels; its ends are powers of ``base``."""
+
+    base: int
+    lowest: int
+    highest: int
+    left: float
+    right: float
+
+    @classmethod
+    def around(cls, values: Sequence[float], base: int, left: float, right: float) -> "Axis":
+        """Return the shortest one that holds ``values``."""
+        lowest, highest = math.floor(math.log(min(values), base)), math.ceil(math.log(max(values), base))
+        return cls(base, lowest, max(highest, lowest + 1), left, right)
+
+    def x_of(self, value: float) -> float:
+        """Return where a value is."""
+        share = (math.log(value, self.base) - self.lowest) / (self.highest - self.lowest)
+        return self.left + (self.right - self.left) * share
+
+    def ticks(self) -> list[tuple[float, float]]:
+        """Return the powers of the base, and where each is."""
+        powers = [float(self.base) ** power for power in range(self.lowest, self.highest + 1)]
+        return [(power, self.x_of(power)) for power in powers]
+
+
+def draw_text(kind: str, x: float, y: float, text: str) -> str:
+    """Return an SVG text of a class of `STYLE`."""
+    return f'<text class="{kind}" x="{x:.1f}" y="{y}">{escape(text)}</text>'
+
+
+def draw_line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    """Return an SVG line of a class of `STYLE`."""
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1}" x2="{x2:.1f}" y2="{y2}"/>'
+
+
+def draw_ratios(axis: Axis, ratios: Sequence[float], y: float) -> list[str]:
+    """Draw a bar from 1 to the median, and a thin line from the smallest to the greatest."""
+    ratio = statistics.median(ratios)
+    start, end = sorted([axis.x_of(1), axis.x_of(ratio)])
+    kind = "more" if ratio >= 1 else "less"
+    return [
+        f'<rect class="{kind}" x="{start:.1f}" y="{y + 3}" width="{end - start:.1f}" height="12"/>',
+        draw_line("spread", axis.x_of(min(ratios)), y + 9, axis.x_of(max(ratios)), y + 9),
+        draw_text("number", RATIO_END, y + 13, f"{ratio:.2f}"),
+    ]
+
+
+def draw_latencies(axis: Axis, latencies: tuple[float, float], kind: str, y: float) -> list[str]:
+    """Draw a line from a dot at p50 to a stroke at p99."""
+    p50, p99 = (axis.x_of(latency) for latency in latencies)
+    return [
+        draw_line(kind, p50, y + 9, p99, y + 9),
+        draw_line(kind, p99, y + 4, p99, y + 14),
+        f'<circle class="{kind}" cx="{p50:.1f}" cy="{y + 9}" r="2.5"/>',
+        draw_text("number", LATENCY_END, y + 13, f"{format_latencies(latencies)} µs"),
+    ]
+
+
+def format_time(microseconds: float) -> str:
+    """Write a power of ten."""
+    return f"{microseconds:g} µs" if microseconds < 1000 else f"{microseconds / 1000:g} ms"
+
+
+def draw_result(result: Result, ratio_axis: Axis, latency_axis: Axis, y: float) -> list[str]:
+    """Draw one workload, with a row for each server."""
+    shapes = [draw_text("workload", 20, y - 6, result.workload.title)]
+    bottom = y + ROW * len(result.runs)
+    for axis in (ratio_axis, latency_axis):
+        for tick, x in axis.ticks():
+            kind = "one" if axis is ratio_axis and tick == 1 else "grid"
+            shapes.append(draw_line(kind, x, y, x, bottom))
+    for server in result.runs:
+        shapes.append(draw_text("server", RATIOS_LEFT - 12, y + 13, server))
+        if server == "trioproto":
+            kind = "ours"
+            shapes.append(draw_text("number", RATIO_END, y + 13, result.workload.format_rate(result.rate(server))))
+        else:
+            kind = "theirs"
+            shapes += draw_ratios(ratio_axis, result.ratios(server), y)
+        if latencies := result.latencies(server):
+            shapes += draw_latencies(latency_axis, latencies, kind, y)
+        y += ROW
+    return shapes
+
+
 def chart(results: Sequence[Result], notes: Sequence[str]) -> str:
-    """Return the ratios as an SVG, readable on light and on dark pages: bars from 1 on a logarithmic axis."""
-    width, left, right, top = 860, 190, 780, 92
-    peers = list(results[0].runs)[1:]
-    every = [ratio for result in results for peer in peers for ratio in result.ratios(peer)]
-    lowest, highest = math.floor(math.log2(min(0.5, *every))), math.ceil(math.log2(max(2, *every)))
+    """Return the comparison as an SVG, readable on light and on dark pages: the rates' ratios beside the latencies."""
+    servers = list(results[0].runs)
+    ratios = [ratio for result in results for peer in servers[1:] for ratio in result.ratios(peer)]
+    latencies = [
+        latency for result in results for server in servers for latency in result.latencies(server) or (100, 1000)
+    ]
+    ratio_axis = Axis.around([0.5, 2, *ratios], 2, RATIOS_LEFT, RATIOS_RIGHT)
+    latency_axis = Axis.around(latencies, 10, LATENCIES_LEFT, LATENCIES_RIGHT)
     shapes: list[str] = []
-
-    def x_of(ratio: float) -> float:
-        return left + (right - left) * (math.log2(ratio) - lowest) / (highest - lowest)
-
-    def write(kind: str, x: float, y: float, text: str) -> None:
-        shapes.append(f'<text class="{kind}" x="{x:.1f}" y="{y}">{escape(text)}</text>')
-
-    def line(kind: str, x1: float, y1: float, x2: float, y2: float) -> None:
-        shapes.append(f'<line class="{kind}" x1="{x1:.1f}" y1="{y1}" x2="{x2:.1f}" y2="{y2}"/>')
-
-    y = top
+    y = TOP
     for result in results:
-        write("workload", 20, y + 22, result.workload.title)
-        y += 30
-        for power in range(lowest, highest + 1):
-            line("one" if power == 0 else "grid", x_of(2.0**power), y, x_of(2.0**power), y + 21 * len(peers))
-        for peer in peers:
-            ratios = result.ratios(peer)
-            ratio = statistics.median(ratios)
-            start, end = sorted([x_of(1), x_of(ratio)])
-            kind = "more" if ratio >= 1 else "less"
-            write("peer", left - 12, y + 15, peer)
-            shapes.append(f'<rect class="{kind}" x="{start:.1f}" y="{y + 3}" width="{end - start:.1f}" height="15"/>')
-            line("spread", x_of(min(ratios)), y + 10.5, x_of(max(ratios)), y + 10.5)
-            write("ratio", width - 20, y + 15, f"{ratio:.2f}")
-            y += 21
-        y += 8
-    for power in range(lowest, highest + 1):
-        for beside in (top - 6, y + 12):
-            write("tick", x_of(2.0**power), beside, f"{2.0**power:g}")
+        shapes += draw_result(result, ratio_axis, latency_axis, y + 24)
+        y += 24 + ROW * len(servers) + 8
+    for beside in (TOP - 6, y + 12):
+        shapes += [draw_text("tick", x, beside, f"{tick:g}") for tick, x in ratio_axis.ticks()]
+        shapes += [draw_text("tick", x, beside, format_time(tick)) for tick, x in latency_axis.ticks()]
     y += 24
-    for note in [*notes, "A thin line goes from the smallest ratio of a round to the greatest."]:
-        y += 18
-        write("note", 20, y, note)
+    for note in [
+        *notes,
+        "A thin line goes from the smallest ratio of a round to the greatest; a thick one from p50 to p99.",
+    ]:
+        y += 17
+        shapes.append(draw_text("note", 20, y, note))
     height = y + 20
-    title = "trioproto's rate over each peer's"
-    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-    write("title", width / 2, 36, title)
-    write("side", (left + x_of(1)) / 2, 62, "the peer is faster")
-    write("side", (x_of(1) + right) / 2, 62, "trioproto is faster")
+    title = "trioproto beside each peer"
+    size = f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
+    shapes += [
+        draw_text("title", WIDTH / 2, 32, title),
+        draw_text("panel", (RATIOS_LEFT + RATIOS_RIGHT) / 2, 56, "trioproto's rate ÷ the peer's"),
+        draw_text("side", (RATIOS_LEFT + ratio_axis.x_of(1)) / 2, 73, "peer is faster"),
+        draw_text("side", (ratio_axis.x_of(1) + RATIOS_RIGHT) / 2, 73, "trioproto is faster"),
+        draw_text("panel", (LATENCIES_LEFT + LATENCIES_RIGHT) / 2, 56, "latency, p50 to p99"),
+    ]
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
             f"  <title>{title}</title>\n  <style>{STYLE}  </style>",
-            f'  <rect class="card" x=".5" y=".5" width="{width - 1}" height="{height - 1}" rx="10"/>',
+            f'  <rect class="card" x=".5" y=".5" width="{WIDTH - 1}" height="{height - 1}" rx="10"/>',
             *(f"  {shape}" for shape in shapes),
             "</svg>\n",
         ]
@@ -344,6 +525,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=count, default=5, help="how often each server is measured (default 5)")
     parser.add_argument("--seconds", type=seconds, default=1.0, help="how long each time (default 1)")
     parser.add_argument("--write", type=Path, metavar="DIRECTORY", help="write comparison.md and comparison.svg there")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="replace the table in this README")
     return parser.parse_args()
 
 
@@ -360,21 +542,34 @@ def main() -> None:
     available = sorted(os.sched_getaffinity(0))
     # The first and the last: neighbours in number may be the two threads of one core.
     cores = available[0], available[-1]
-    with tempfile.TemporaryDirectory() as directory:
-        load = compile_load(compiler, Path(directory))
+    workloads = [WORKLOADS[name] for name in args.workloads]
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
         try:
+            loads = {tls: compile_load(compiler, directory, tls=tls) for tls in {each.tls for each in workloads}}
+            certificate = make_certificate(directory) if True in loads else None
             results = [
-                compare(WORKLOADS[name], args.peers, args.rounds, args.seconds, load=load, cores=cores)
-                for name in args.workloads
+                compare(
+                    workload,
+                    args.peers,
+                    args.rounds,
+                    args.seconds,
+                    load=loads[workload.tls],
+                    certificate=certificate if workload.tls else None,
+                    cores=cores,
+                )
+                for workload in workloads
             ]
+            notes = describe(results, args.rounds, args.seconds, cores)
+            text = table(results, notes)
+            print(text, end="")
+            if args.write is not None:
+                (args.write / "comparison.md").write_text(text, encoding="utf-8")
+                (args.write / "comparison.svg").write_text(chart(results, notes), encoding="utf-8")
+            if args.readme is not None:
+                put_into_readme(args.readme, text)
         except ComparisonError as error:
             sys.exit(f"compare.py: {error}")
-    notes = describe(results, args.rounds, args.seconds, cores)
-    text = table(results, notes)
-    print(text, end="")
-    if args.write is not None:
-        (args.write / "comparison.md").write_text(text, encoding="utf-8")
-        (args.write / "comparison.svg").write_text(chart(results, notes), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,21 @@
-/* TCP load from one thread over epoll. Every byte that comes back is checked.
+/* TCP load from one thread over epoll. Every byte that comes back is checked. With -DTLS, all of it goes over TLS 1.3.
  *
  *     load HOST PORT echo CONNECTIONS BYTES    SECONDS   send a message, receive it whole, again
  *     load HOST PORT op   CONNECTIONS OPERANDS SECONDS   connect, send a request, receive its reply, close, again
  *     load HOST PORT pipe CONNECTIONS OPERANDS SECONDS   send DEPTH requests in one write, receive the replies, again
  *     load HOST PORT bulk CONNECTIONS BYTES    SECONDS   send and receive as fast as both ways go, to an echo server
  *
- * HOST is an IPv4 address. Prints one line of JSON: "rate", replies per second once the server is warm (in bulk, each
- * BYTES are one reply); "failures", how many connections broke before their reply was there; "reason", what broke the
- * first of them. A wrong reply, or none at all, is a line on standard error and exit status 1.
+ * HOST is one of this machine's loopback addresses, 127.x.x.x. Prints one line of JSON:
+ *
+ *     "rate"      replies per second, once the server is warm; in bulk, each BYTES are one reply
+ *     "p50"       median of the microseconds from when a message begins to be sent, or in op its connection to be
+ *                 opened, until all that is due for it is there; null in bulk, where nothing is waited for
+ *     "p99"       their 99th percentile
+ *     "busy"      for which share of the time this program computed; near 1, it is what limits the rate
+ *     "failures"  how many connections broke before their reply was there
+ *     "reason"    what broke the first of them
+ *
+ * A wrong reply, or none at all, is a line on standard error and exit status 1.
  *
  * It is in C so that a server in Python cannot outrun it.
  */
@@ -18,6 +26,7 @@
 #include <inttypes.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -27,15 +36,25 @@
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef TLS
+#include <openssl/err.h>
+#include <openssl/ssl.h>
+#endif
 
 #define DEPTH 32     /* requests in flight on a connection, in pipe */
 #define BULK_TURN 16 /* sends, then receives, before the next connection has its turn, in bulk */
 #define BUFFER_SIZE (256 * 1024)
 #define MAX_EVENTS 256
 #define WARM_UP 0.3 /* seconds */
+#define ADDRESSES 200
+#define LONGEST 1000000 /* microseconds that a latency is counted with */
 
 struct connection {
     int fd;
+#ifdef TLS
+    SSL *tls;
+#endif
+    double began; /* when the message began to be sent, or in op its connection to be opened */
     /* Bytes of the message and of what has to come back for it; in bulk, bytes since the connection was opened. */
     uint64_t sent, received;
 };
@@ -51,6 +70,8 @@ static size_t period; /* in bulk: after so many bytes the stream begins again */
 
 static uint64_t bytes_received, failures;
 static int first_failure; /* an errno; 0 for the end of the stream */
+static bool warm;     /* the server is: from now on it is measured */
+static uint64_t latencies[LONGEST + 1]; /* how many took so many microseconds; the last, that many or more */
 
 static void die(const char *why)
 {
@@ -66,20 +87,128 @@ static void die_unless(bool good, const char *call)
     }
 }
 
-static double now(void)
+static double read_clock(clockid_t clock)
 {
     struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
+    clock_gettime(clock, &time);
     return time.tv_sec + time.tv_nsec * 1e-9;
+}
+
+static double now(void) { return read_clock(CLOCK_MONOTONIC); }
+
+/* How bytes move over a connection: write_some and read_some return what write(2) and read(2) would. */
+#ifdef TLS
+
+static SSL_CTX *tls_settings;
+
+static void prepare(void)
+{
+    tls_settings = SSL_CTX_new(TLS_client_method());
+    if (tls_settings == NULL)
+        die("SSL_CTX_new failed");
+    SSL_CTX_set_min_proto_version(tls_settings, TLS1_3_VERSION);
+    SSL_CTX_set_session_cache_mode(tls_settings, SSL_SESS_CACHE_OFF); /* each handshake is a whole one */
+    SSL_CTX_set_mode(tls_settings, SSL_MODE_ENABLE_PARTIAL_WRITE);
+}
+
+static void begin(struct connection *c)
+{
+    c->tls = SSL_new(tls_settings);
+    if (c->tls == NULL || !SSL_set_fd(c->tls, c->fd))
+        die("SSL_new failed");
+    SSL_set_connect_state(c->tls);
+}
+
+static void end(struct connection *c)
+{
+    SSL_shutdown(c->tls); /* says that this is the end; nobody waits for the server to say the same */
+    ERR_clear_error();
+    SSL_free(c->tls);
+    close(c->fd); /* which takes it out of epoll, too */
+}
+
+/* What it comes to that a call of OpenSSL's has moved nothing. */
+static ssize_t moved_nothing(struct connection *c)
+{
+    int error = SSL_get_error(c->tls, 0);
+    bool cut = ERR_GET_REASON(ERR_peek_error()) == SSL_R_UNEXPECTED_EOF_WHILE_READING;
+    ERR_clear_error(); /* or the next call would take it for its own */
+    if (error == SSL_ERROR_ZERO_RETURN || cut)
+        return 0;
+    if (error == SSL_ERROR_WANT_READ || error == SSL_ERROR_WANT_WRITE)
+        errno = EAGAIN;
+    else if (error == SSL_ERROR_SSL)
+        errno = EPROTO;
+    return -1; /* with another error, errno is what the socket's call left */
+}
+
+static ssize_t write_some(struct connection *c, const char *data, size_t size)
+{
+    size_t written;
+    return SSL_write_ex(c->tls, data, size, &written) ? (ssize_t)written : moved_nothing(c);
+}
+
+static ssize_t read_some(struct connection *c, char *buffer, size_t size)
+{
+    size_t read;
+    return SSL_read_ex(c->tls, buffer, size, &read) ? (ssize_t)read : moved_nothing(c);
+}
+
+/* 1 once the handshake is over; otherwise what read(2) would return. */
+static ssize_t shake_hands(struct connection *c)
+{
+    return SSL_do_handshake(c->tls) == 1 ? 1 : moved_nothing(c);
+}
+
+#else
+
+static void prepare(void) {}
+
+static void begin(struct connection *c) { (void)c; }
+
+static void end(struct connection *c)
+{
+    close(c->fd); /* which takes it out of epoll, too */
+}
+
+static ssize_t write_some(struct connection *c, const char *data, size_t size) { return write(c->fd, data, size); }
+
+static ssize_t read_some(struct connection *c, char *buffer, size_t size) { return read(c->fd, buffer, size); }
+
+static ssize_t shake_hands(struct connection *c)
+{
+    (void)c;
+    return 1;
+}
+
+#endif
+
+/* The connections take turns among many addresses. One that is closed keeps its port for a second or more (TIME_WAIT):
+ * with a connection for each request, and all from one address, connect(2) would find about 14,000 ports a second,
+ * whatever the server can do. */
+static void bind_next_address(int fd)
+{
+    static unsigned turn;
+    struct sockaddr_in client = {
+        .sin_family = AF_INET,
+        .sin_addr.s_addr = htonl(0x7f000101 + turn++ % ADDRESSES), /* from 127.0.1.1 on */
+    };
+    const int on = 1;
+    /* Leave the port to connect(2): it takes any that is free for this pair of addresses. */
+    die_unless(setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &on, sizeof on) == 0, "setsockopt");
+    die_unless(bind(fd, (struct sockaddr *)&client, sizeof client) == 0, "bind");
 }
 
 static void open_connection(struct connection *c)
 {
     c->sent = c->received = 0;
+    c->began = now();
     c->fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
     die_unless(c->fd >= 0, "socket");
     const int on = 1;
     die_unless(setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on) == 0, "setsockopt");
+    bind_next_address(c->fd);
+    begin(c);
     /* What fails at once fails for want of ports on our side, or because nobody listens: no rate can come of it. */
     die_unless(connect(c->fd, (struct sockaddr *)&server, sizeof server) == 0 || errno == EINPROGRESS, "connect");
     /* Edge-triggered, a connection needs no epoll_ctl(2) each time that it turns from sending to receiving; for that,
@@ -91,7 +220,7 @@ static void open_connection(struct connection *c)
 
 static void reopen(struct connection *c)
 {
-    close(c->fd); /* which takes it out of epoll, too */
+    end(c);
     open_connection(c);
 }
 
@@ -107,20 +236,21 @@ static void fail(struct connection *c, int error)
 
 static ssize_t send_some(struct connection *c, const char *data, size_t size)
 {
-    ssize_t sent = send(c->fd, data, size, MSG_NOSIGNAL);
+    ssize_t sent = write_some(c, data, size);
     if (sent < 0 && errno == EAGAIN)
         return 0;
-    if (sent < 0)
-        fail(c, errno);
-    else
-        c->sent += sent;
+    if (sent <= 0) {
+        fail(c, sent < 0 ? errno : 0);
+        return -1;
+    }
+    c->sent += sent;
     return sent;
 }
 
 static ssize_t receive_some(struct connection *c, const char *due, size_t size)
 {
     static char buffer[BUFFER_SIZE];
-    ssize_t received = recv(c->fd, buffer, sizeof buffer, 0);
+    ssize_t received = read_some(c, buffer, sizeof buffer);
     if (received < 0 && errno == EAGAIN)
         return 0;
     if (received <= 0) {
@@ -132,6 +262,22 @@ static ssize_t receive_some(struct connection *c, const char *due, size_t size)
     c->received += received;
     bytes_received += received;
     return received;
+}
+
+/* Returns whether the connection is ready for bytes: with TLS, whether the handshake is over. */
+static bool ready(struct connection *c)
+{
+    ssize_t done = shake_hands(c);
+    if (done <= 0 && !(done < 0 && errno == EAGAIN))
+        fail(c, done < 0 ? errno : 0);
+    return done > 0;
+}
+
+static void count_latency(double seconds)
+{
+    double microseconds = seconds * 1e6;
+    if (warm)
+        latencies[microseconds < LONGEST ? (size_t)microseconds : LONGEST]++;
 }
 
 /* Send the message and receive what is due, again and again, until the server has to be waited for. */
@@ -148,11 +294,14 @@ static void converse(struct connection *c)
         while (c->received < expected_size)
             if (receive_some(c, expected + c->received, expected_size - c->received) <= 0)
                 return;
+        double ended = now();
+        count_latency(ended - c->began);
         if (kind == OP) {
             reopen(c);
             return;
         }
         c->sent = c->received = 0;
+        c->began = ended;
     }
 }
 
@@ -220,11 +369,37 @@ static double run_until(double end)
     struct epoll_event events[MAX_EVENTS];
     double time;
     while ((time = now()) < end) {
-        int ready = epoll_wait(poller, events, MAX_EVENTS, 10 /* milliseconds */);
-        for (int i = 0; i < ready; i++)
-            (kind == BULK ? flood : converse)(events[i].data.ptr);
+        int count = epoll_wait(poller, events, MAX_EVENTS, 10 /* milliseconds */);
+        for (int i = 0; i < count; i++) {
+            struct connection *c = events[i].data.ptr;
+            if (ready(c))
+                (kind == BULK ? flood : converse)(c);
+        }
     }
     return time;
+}
+
+/* In microseconds; a negative number if no latency was counted. */
+static double percentile(double percent)
+{
+    uint64_t total = 0, below = 0;
+    for (size_t i = 0; i <= LONGEST; i++)
+        total += latencies[i];
+    for (size_t i = 0; i <= LONGEST; i++) {
+        below += latencies[i];
+        if (below > 0 && below >= total * percent / 100)
+            return i;
+    }
+    return -1;
+}
+
+static void print_percentile(const char *name, double percent)
+{
+    double latency = percentile(percent);
+    if (latency < 0)
+        printf("\"%s\": null, ", name);
+    else
+        printf("\"%s\": %.0f, ", name, latency);
 }
 
 static void read_arguments(int argc, char **argv, long *connections, long *size, double *seconds)
@@ -235,6 +410,8 @@ static void read_arguments(int argc, char **argv, long *connections, long *size,
     server.sin_family = AF_INET;
     if (inet_pton(AF_INET, argv[1], &server.sin_addr) != 1)
         die("HOST is not an IPv4 address");
+    if (ntohl(server.sin_addr.s_addr) >> 24 != 127)
+        die("HOST is not a loopback address");
     server.sin_port = htons((uint16_t)atoi(argv[2]));
     for (kind = ECHO; strcmp(argv[3], kinds[kind]) != 0; kind++)
         if (kind == BULK)
@@ -257,6 +434,8 @@ int main(int argc, char **argv)
         make_message(size);
     else
         make_requests(size, kind == PIPE ? DEPTH : 1);
+    signal(SIGPIPE, SIG_IGN); /* a connection that the server has closed is counted as a failure instead */
+    prepare();
     poller = epoll_create1(0);
     die_unless(poller >= 0, "epoll_create1");
     struct connection *all = allocate(connections * sizeof *all);
@@ -265,7 +444,10 @@ int main(int argc, char **argv)
 
     double began = run_until(now() + WARM_UP);
     uint64_t bytes_before = bytes_received;
+    double computed_before = read_clock(CLOCK_PROCESS_CPUTIME_ID);
+    warm = true;
     double ended = run_until(began + seconds);
+    double busy = (read_clock(CLOCK_PROCESS_CPUTIME_ID) - computed_before) / (ended - began);
 
     double reply_size = kind == ECHO || kind == BULK ? size : 4;
     double rate = (bytes_received - bytes_before) / reply_size / (ended - began);
@@ -274,6 +456,10 @@ int main(int argc, char **argv)
         fprintf(stderr, "load: no reply; connections that failed: %" PRIu64 " %s\n", failures, reason);
         return 1;
     }
-    printf("{\"rate\": %.1f, \"failures\": %" PRIu64 ", \"reason\": \"%s\"}\n", rate, failures, reason);
+    printf("{\"rate\": %.1f, ", rate);
+    print_percentile("p50", 50);
+    print_percentile("p99", 99);
+    printf("\"busy\": %.3f, ", busy);
+    printf("\"failures\": %" PRIu64 ", \"reason\": \"%s\"}\n", failures, reason);
     return 0;
 }

@@ -2,15 +2,16 @@
 
 ::
 
-    python peers.py PEER echo|op HOST
+    python peers.py PEER echo|op HOST [CERTIFICATE KEY]
 
-PEER is ``trio``, or ``asyncio`` or ``uvloop`` with ``-streams`` or ``-protocol``. The server prints where it listens:
-a port that the kernel picks. The op servers answer request after request until the client closes. None has a time-out
-or a limit, which trioproto has.
+PEER is ``trio``, or ``asyncio`` or ``uvloop`` with ``-streams`` or ``-protocol``. With CERTIFICATE and KEY, PEM
+files, it serves TLS. The server prints where it listens: a port that the kernel picks. The op servers answer request
+after request until the client closes. None has a time-out or a limit, which trioproto has.
 """
 
 import asyncio
 import functools
+import ssl
 import struct
 import sys
 from typing import Any
@@ -38,11 +39,11 @@ def announce(address: tuple[str, int]) -> None:
     print(f"listening on {address[0]}:{address[1]}", flush=True)
 
 
-def run_trio(protocol: str, host: str) -> None:  # noqa: C901 - small functions, inside for the import's sake
-    """Serve with `trio.serve_tcp`."""
+def run_trio(protocol: str, host: str, tls: ssl.SSLContext | None) -> None:  # noqa: C901 - the import is inside
+    """Serve with `trio.serve_tcp`, or `trio.serve_ssl_over_tcp`."""
     import trio  # noqa: PLC0415 - a peer carries no other library than its own
 
-    async def receive_exactly(stream: trio.SocketStream, count: int) -> bytes:
+    async def receive_exactly(stream: trio.abc.Stream, count: int) -> bytes:
         data = bytearray()
         while len(data) < count:
             chunk = await stream.receive_some(count - len(data))
@@ -51,14 +52,14 @@ def run_trio(protocol: str, host: str) -> None:  # noqa: C901 - small functions,
             data += chunk
         return bytes(data)
 
-    async def echo(stream: trio.SocketStream) -> None:
+    async def echo(stream: trio.abc.Stream) -> None:
         try:
             async for chunk in stream:
                 await stream.send_all(chunk)
         except trio.BrokenResourceError:
             pass
 
-    async def op(stream: trio.SocketStream) -> None:
+    async def op(stream: trio.abc.Stream) -> None:
         try:
             while True:
                 count = (await receive_exactly(stream, 1))[0]
@@ -68,9 +69,13 @@ def run_trio(protocol: str, host: str) -> None:  # noqa: C901 - small functions,
 
     async def main() -> None:
         handler = {"echo": echo, "op": op}[protocol]
+        serve: Any = trio.serve_tcp
+        if tls is not None:
+            # https_compatible: like asyncio, it takes the end of the stream for an end without a word of TLS about it.
+            serve = functools.partial(trio.serve_ssl_over_tcp, ssl_context=tls, https_compatible=True)
         async with trio.open_nursery() as nursery:
-            [listener] = await nursery.start(functools.partial(trio.serve_tcp, handler, 0, host=host))
-            announce(listener.socket.getsockname())
+            [listener] = await nursery.start(functools.partial(serve, handler, 0, host=host))
+            announce((listener if tls is None else listener.transport_listener).socket.getsockname())
 
     trio.run(main)
 
@@ -133,36 +138,40 @@ class OpProtocol(asyncio.Protocol):
             self.transport.write(b"".join(replies))
 
 
-async def serve_streams(protocol: str, host: str) -> None:
+async def serve_streams(protocol: str, host: str, tls: ssl.SSLContext | None) -> None:
     """Serve with `asyncio.start_server`."""
     handler = {"echo": echo_streams, "op": op_streams}[protocol]
-    server = await asyncio.start_server(handler, host, 0, backlog=BACKLOG)
+    server = await asyncio.start_server(handler, host, 0, backlog=BACKLOG, ssl=tls)
     announce(server.sockets[0].getsockname())
     await server.serve_forever()
 
 
-async def serve_protocol(protocol: str, host: str) -> None:
+async def serve_protocol(protocol: str, host: str, tls: ssl.SSLContext | None) -> None:
     """Serve with `asyncio.loop.create_server`."""
     factory: type[asyncio.Protocol] = {"echo": EchoProtocol, "op": OpProtocol}[protocol]
-    server = await asyncio.get_running_loop().create_server(factory, host, 0, backlog=BACKLOG)
+    server = await asyncio.get_running_loop().create_server(factory, host, 0, backlog=BACKLOG, ssl=tls)
     announce(server.sockets[0].getsockname())
     await server.serve_forever()
 
 
 def main() -> None:
     """Run the server that the arguments name."""
-    peer, protocol, host = sys.argv[1:]
+    peer, protocol, host, *certificate = sys.argv[1:]
+    tls = None
+    if certificate:
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain(*certificate)
     if peer == "trio":
-        run_trio(protocol, host)
+        run_trio(protocol, host, tls)
         return
     library, _, style = peer.partition("-")
     serve = {"streams": serve_streams, "protocol": serve_protocol}[style]
     if library == "uvloop":
         import uvloop  # noqa: PLC0415 - see above
 
-        uvloop.run(serve(protocol, host))
+        uvloop.run(serve(protocol, host, tls))
     else:
-        asyncio.run(serve(protocol, host))
+        asyncio.run(serve(protocol, host, tls))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@ import os
 import re
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,23 +19,25 @@ Result, Run, Workload = example["Result"], example["Run"], example["Workload"]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the load generator waits with Linux's epoll")
 
 SVG = "{http://www.w3.org/2000/svg}"
-TITLES = [workload.title for workload in example["WORKLOADS"].values()]
 
 ECHO = Workload("echo", "echo", 2, 100)
 OP = Workload("op", "op", 2, 1)  # the sum of one operand is that operand: the server below need not add
 PIPE = Workload("pipe", "pipe", 2, 1)
 BULK = Workload("bulk", "bulk", 2, 1000)
+TLS_ECHO = Workload("echo over TLS", "echo", 2, 40_000, tls=True)  # more than the 16 KiB of a TLS record
+TLS_OP = Workload("op over TLS", "op", 2, 1, tls=True)
+ALL_KINDS = [ECHO, OP, PIPE, BULK, TLS_ECHO, TLS_OP]
 
-# A server that takes `size` bytes for a request and replies with those from `start` to `end`. What `mistake` says is
-# done to its 50th reply.
+# A server that takes `size` bytes for a request and replies with those from `start` to `end`; over TLS, if `tls` is the
+# files of a certificate and its key. What `mistake` says is done to its 20th reply.
 SERVER = """
-import asyncio, itertools
+import asyncio, itertools, ssl
 
 async def serve(reader, writer):
     try:
         while request := await reader.readexactly({size}):
             reply = request[{start}:{end}]
-            if next(numbers) == 50:
+            if next(numbers) == 20:
                 {mistake}
             writer.write(reply)
             await writer.drain()
@@ -43,7 +46,11 @@ async def serve(reader, writer):
     writer.close()
 
 async def main():
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    context = None
+    if {tls}:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(*{tls})
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
     print("listening on 127.0.0.1:%d" % server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
@@ -72,36 +79,47 @@ signal.pause()
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The load generator, compiled without a warning."""
+def loads(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """The load generator, compiled without a warning: without TLS, and with it."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("there is no C compiler")
-    path = tmp_path_factory.mktemp("load") / "load"
-    source = EXAMPLE.with_name("load.c")
-    subprocess.run([compiler, "-O2", "-Wall", "-Wextra", "-Werror", "-o", path, source], check=True, timeout=60)
-    return path
+    directory = tmp_path_factory.mktemp("load")
+    compile_load = [compiler, "-O2", "-Wall", "-Wextra", "-Werror", str(EXAMPLE.with_name("load.c"))]
+    subprocess.run([*compile_load, "-o", directory / "load"], check=True, timeout=60)
+    subprocess.run([*compile_load, "-DTLS", "-o", directory / "load-tls", "-lssl", "-lcrypto"], check=True, timeout=60)
+    return {False: directory / "load", True: directory / "load-tls"}
 
 
-def measure(load: Path, workload: Any, mistake: str = "pass") -> Any:
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A certificate for a server of the comparison: its file and its key's."""
+    return example["make_certificate"](tmp_path_factory.mktemp("certificate"))
+
+
+def measure(loads: dict[bool, Path], certificate: Any, workload: Any, mistake: str = "pass") -> Any:
     """Put a short load on a server that makes one mistake."""
     size, start, end = (6, 1, 5) if workload.protocol == "op" else (workload.size, 0, workload.size)
-    server = SERVER.format(size=size, start=start, end=end, mistake=mistake)
-    return measure_program(load, workload, server)
+    tls = certificate if workload.tls else None
+    server = SERVER.format(size=size, start=start, end=end, mistake=mistake, tls=tls)
+    return measure_program(loads, workload, server)
 
 
-def measure_program(load: Path, workload: Any, program: str) -> Any:
+def measure_program(loads: dict[bool, Path], workload: Any, program: str) -> Any:
     core = min(os.sched_getaffinity(0))
-    return example["measure"]([sys.executable, "-c", program], workload, 0.05, load=load, cores=(core, core))
+    command = [sys.executable, "-c", program]
+    return example["measure"](command, workload, 0.05, load=loads[workload.tls], cores=(core, core))
 
 
-@pytest.mark.usefixtures("load")
+@pytest.mark.usefixtures("loads")
 def test_comparison_prints_the_table_and_writes_it_with_the_chart(tmp_path: Path) -> None:
-    """One command runs every kind of load on trioproto and a peer, and gives the ratios as a table and a chart."""
-    directory = tmp_path / "new" / "directory"
-    arguments = ["--workloads", "echo-100", "op", "pipe", "bulk", "--peers", "asyncio-streams", "--rounds", "1"]
+    """One command runs every kind of load on trioproto and a peer, and gives the results as a table and a chart."""
+    directory, readme = tmp_path / "new" / "directory", tmp_path / "README.md"
+    readme.write_text(f"before\n{example['BEGIN']}what was there\n{example['END']}after\n", encoding="utf-8")
+    workloads = ["echo-100", "op", "pipe", "bulk", "tls-echo-10", "tls-op"]
+    arguments = ["--workloads", *workloads, "--peers", "asyncio-streams", "--rounds", "1", "--seconds", "0.05"]
     done = subprocess.run(
-        [sys.executable, EXAMPLE, *arguments, "--seconds", "0.05", "--write", directory],
+        [sys.executable, EXAMPLE, *arguments, "--write", directory, "--readme", readme],
         check=False,
         capture_output=True,
         text=True,
@@ -111,62 +129,101 @@ def test_comparison_prints_the_table_and_writes_it_with_the_chart(tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert "failed" not in done.stderr
     assert (directory / "comparison.md").read_text(encoding="utf-8") == done.stdout
-    header, _, *rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
-    assert header == ["workload", "trioproto", "over asyncio-streams"]
-    assert [title for title, _, _ in rows] == TITLES[1:]
-    ratios = [ratio for _, _, ratio in rows]
+    assert readme.read_text(encoding="utf-8") == f"before\n{example['BEGIN']}{done.stdout}{example['END']}after\n"
+    header, _, *rows = cells_of(done.stdout)
+    assert header == ["workload", "", "trioproto", "asyncio-streams"]
+    titles = [example["WORKLOADS"][workload].title for workload in workloads]
+    assert [title for title, *_ in rows if title] == titles
+    ratios = [ratio.strip("*") for _, what, _, ratio in rows if what == "rate ÷ peer's"]
+    assert len(ratios) == len(workloads)
     assert all(float(ratio) > 0 for ratio in ratios)
-    for versions in ("Python 3", "trioproto 0", "trio 0", "Linux ", "congestion control "):
+    latencies = [latency for _, what, *both in rows if what == "p50 / p99, µs" for latency in both]
+    assert len(latencies) == 2 * (len(workloads) - 1)  # in bulk, nothing is waited for
+    for pair in latencies:
+        p50, p99 = (float(latency.replace(",", "")) for latency in pair.split(" / "))
+        assert 0 < p50 <= p99
+    for versions in ("Python 3", "trioproto 0", "trio 0", "OpenSSL ", "Linux ", "congestion control "):
         assert versions in done.stdout
     texts = texts_of((directory / "comparison.svg").read_text(encoding="utf-8"))
-    assert {*TITLES[1:], *ratios, "asyncio-streams"} <= set(texts)
+    assert {*titles, *ratios, *(f"{pair} µs" for pair in latencies), "asyncio-streams"} <= set(texts)
 
 
-@pytest.mark.parametrize("workload", [ECHO, OP, PIPE, BULK])
-def test_honest_server_is_measured(load: Path, workload: Any) -> None:
-    """A server that is right has a rate and no failures."""
-    run = measure(load, workload)
-    assert run.rate > 50
+@pytest.mark.parametrize("workload", ALL_KINDS)
+def test_honest_server_is_measured(loads: dict[bool, Path], certificate: Any, workload: Any) -> None:
+    """A server that is right has a rate, latencies where something is waited for, and no failures."""
+    run = measure(loads, certificate, workload)
+    assert run.rate > 0
+    assert run.failures == 0
+    if workload is BULK:
+        assert (run.p50, run.p99) == (None, None)
+    else:
+        assert 0 < run.p50 <= run.p99
+
+
+@pytest.mark.parametrize("peer", example["PEERS"])
+@pytest.mark.parametrize("workload", [TLS_ECHO, TLS_OP])
+def test_peers_speak_tls(loads: dict[bool, Path], certificate: Any, peer: str, workload: Any) -> None:
+    """Each peer serves what is measured over TLS."""
+    core = min(os.sched_getaffinity(0))
+    command = example["server_command"](peer, workload.protocol, certificate)
+    run = example["measure"](command, workload, 0.05, load=loads[True], cores=(core, core))
     assert run.failures == 0
 
 
+def test_each_connection_comes_from_another_address(loads: dict[bool, Path]) -> None:
+    """The ports of a single address would run out where each request has a connection of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
+        port = listener.getsockname()[1]
+        with subprocess.Popen([loads[False], "127.0.0.1", str(port), "op", "3", "1", "0.05"], stderr=subprocess.PIPE):
+            clients = [listener.accept() for _ in range(3)]
+            assert len({address for _, (address, _) in clients}) == 3
+            for connection, _ in clients:
+                connection.close()
+
+
 @pytest.mark.parametrize("mistake", [FLIP, REPEAT])
-@pytest.mark.parametrize("workload", [ECHO, OP, PIPE, BULK])
-def test_wrong_reply_is_found_out(load: Path, workload: Any, mistake: str) -> None:
+@pytest.mark.parametrize("workload", ALL_KINDS)
+def test_wrong_reply_is_found_out(loads: dict[bool, Path], certificate: Any, workload: Any, mistake: str) -> None:
     """One wrong bit, or one reply too many, in one reply among many, voids the comparison."""
     with pytest.raises(example["ComparisonError"], match="wrong reply"):
-        measure(load, workload, mistake)
+        measure(loads, certificate, workload, mistake)
 
 
-@pytest.mark.parametrize("workload", [ECHO, OP, PIPE, BULK])
-def test_broken_connection_is_counted(load: Path, workload: Any) -> None:
+@pytest.mark.parametrize("workload", ALL_KINDS)
+def test_broken_connection_is_counted(loads: dict[bool, Path], certificate: Any, workload: Any) -> None:
     """A connection that ends before its reply is counted, with the reason, and the load goes on."""
-    run = measure(load, workload, CLOSE)
+    run = measure(loads, certificate, workload, CLOSE)
     assert run.failures == 1
     assert run.reason in ("end of stream", "Connection reset by peer", "Broken pipe")
-    assert run.rate > 50
+    assert run.rate > 0
 
 
-def test_silent_server_is_no_result(load: Path) -> None:
+def test_silent_server_is_no_result(loads: dict[bool, Path]) -> None:
     """A server that accepts and never replies has no rate to compare with."""
     with pytest.raises(example["ComparisonError"], match="no reply"):
-        measure_program(load, ECHO, SILENT)
+        measure_program(loads, ECHO, SILENT)
 
 
-def test_first_connection_is_none_of_the_load(load: Path) -> None:
+def test_first_connection_is_none_of_the_load(loads: dict[bool, Path]) -> None:
     """Before the load begins, somebody connects and leaves: asyncio is at its full rate only from then on."""
     with pytest.raises(example["ComparisonError"], match=r"(?m)^somebody came and left$"):
-        measure_program(load, ECHO, GREETED)
+        measure_program(loads, ECHO, GREETED)
 
 
-def test_server_that_does_not_start_is_shown_with_its_last_words(load: Path) -> None:
+def test_server_that_does_not_start_is_shown_with_its_last_words(loads: dict[bool, Path]) -> None:
     """The message gives the command and the end of what the server said."""
     with pytest.raises(example["ComparisonError"], match=r"did not start: .*\nno such peer"):
-        measure_program(load, ECHO, "raise SystemExit('no such peer')")
+        measure_program(loads, ECHO, "raise SystemExit('no such peer')")
 
 
-def result(*rates: tuple[str, Sequence[float]], failures: int = 0) -> Any:
-    return Result(ECHO, {server: [Run(rate, failures, "") for rate in runs] for server, runs in rates})
+def result(*rates: tuple[str, Sequence[float]], **fields: Any) -> Any:
+    return Result(ECHO, {server: [Run(rate, **fields) for rate in runs] for server, runs in rates})
+
+
+def cells_of(table: str) -> list[list[str]]:
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def texts_of(svg: str) -> list[str]:
@@ -179,8 +236,24 @@ def test_ratio_is_the_median_of_the_rounds() -> None:
 
     table = example["table"]([slow_round], ["a note"])
 
-    assert "| echo | 30/s | 2.00 |" in table.splitlines()
+    assert ["echo", "rate ÷ peer's", "30/s", "2.00"] in cells_of(table)
     assert table.endswith("\n- a note\n")
+
+
+def test_latencies_are_medians_of_the_rounds() -> None:
+    """Each percentile is the median of what the rounds found for it."""
+    runs = [Run(1.0, p50=p50, p99=p99) for p50, p99 in ((90.0, 2000.0), (100.0, 1000.0), (300.0, 1500.0))]
+
+    table = example["table"]([Result(ECHO, {"trioproto": runs})], [])
+
+    assert ["", "p50 / p99, µs", "100 / 1,500"] in cells_of(table)
+
+
+def test_a_faster_peer_stands_out() -> None:
+    """Where a peer answers more than trioproto, the table has its ratio in bold."""
+    table = example["table"]([result(("trioproto", [70.0]), ("trio", [35.0]), ("uvloop", [100.0]))], [])
+
+    assert cells_of(table)[-1] == ["echo", "rate ÷ peer's", "70/s", "2.00", "**0.70**"]
 
 
 def test_chart_draws_bars_from_1_on_a_logarithmic_axis() -> None:
@@ -199,6 +272,25 @@ def test_chart_draws_bars_from_1_on_a_logarithmic_axis() -> None:
     assert {"trio", "2.00", "<&>", "0.50", "a note"} <= set(texts_of(svg))
 
 
+def test_chart_draws_latencies_from_p50_to_p99() -> None:
+    """Each server's latencies are a line on a logarithmic axis, with both ends inside it, and in numbers."""
+    runs = {
+        "trioproto": [Run(1.0, p50=100.0, p99=1000.0)],
+        "trio": [Run(1.0, p50=1000.0, p99=10_000.0)],
+    }
+
+    root = ET.fromstring(example["chart"]([Result(ECHO, runs)], []))
+
+    ours, theirs = (
+        next(line for line in root.iter(f"{SVG}line") if line.get("class") == kind).attrib
+        for kind in ("ours", "theirs")
+    )
+    assert float(ours["x2"]) == float(theirs["x1"])  # both are 1 ms
+    assert float(ours["x2"]) - float(ours["x1"]) == float(theirs["x2"]) - float(theirs["x1"]) > 50
+    texts = [element.text for element in root.iter(f"{SVG}text")]
+    assert {"100 µs", "1 ms", "10 ms", "100 / 1,000 µs", "1,000 / 10,000 µs"} <= set(texts)
+
+
 def test_failures_stand_under_the_table() -> None:
     """Connections that failed are named with the result, so that nobody takes it for a clean one."""
     failed = result(("trioproto", [1.0, 1.0]), ("trio", [1.0, 1.0]), failures=3)
@@ -207,3 +299,23 @@ def test_failures_stand_under_the_table() -> None:
 
     assert "Connections to trio that failed in “echo”: 6." in notes
     assert not re.search("failed", " ".join(example["describe"]([result(("trioproto", [1.0]))], 1, 1.0, (0, 1))))
+
+
+def test_limit_of_the_load_stands_under_the_table() -> None:
+    """A server that the load generator could not keep busy is named: its rate is not all that it can do."""
+    limited = result(("trioproto", [1.0]), ("trio", [1.0]), busy=0.99)
+
+    notes = example["describe"]([limited], 1, 0.05, (0, 1))
+
+    assert "In “echo”, trio may do more: the load generator was the limit." in notes
+
+
+def test_readme_without_a_place_for_the_table(tmp_path: Path) -> None:
+    """A README that does not say where the table belongs is left alone."""
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{example['BEGIN']}no end\n", encoding="utf-8")
+
+    with pytest.raises(example["ComparisonError"], match="does not have the two lines"):
+        example["put_into_readme"](readme, "table\n")
+
+    assert readme.read_text(encoding="utf-8") == f"{example['BEGIN']}no end\n"
