@@ -21,10 +21,12 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from hdrh.histogram import HdrHistogram  # type: ignore[import-untyped]
 
 from trioproto import echo_handler, receive_exactly
 from trioproto.bench import report
-from trioproto.bench.load import DRAIN, BenchError, Load, LoadGenerator, Measurement, local_server, measure
+from trioproto.bench.errors import BenchError
+from trioproto.bench.load import DRAIN, Load, LoadGenerator, Measurement, local_server, measure
 from trioproto.cli.main import main
 from trioproto.testing import breaking_stream
 
@@ -100,12 +102,17 @@ def stalling(since: float, until: float) -> Handler:
     return handler
 
 
+def longer_than(seconds: float, measurement: Measurement) -> int:
+    buckets = measurement.latencies.get_recorded_iterator()
+    return sum(bucket.count_at_value_iterated_to for bucket in buckets if bucket.value_iterated_to > seconds * 1e9)
+
+
 async def test_closed_loop(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
     """A closed loop sends a request when the reply to another one has arrived."""
     measurement = await generate(memory_load(nursery, delaying(0.1), connections=3, depth=2))
     assert measurement.answered == pytest.approx(3 * 2 * 100, rel=0.02)
     assert measurement.rate == pytest.approx(60, rel=0.02)
-    assert measurement.latencies.percentile(50) == pytest.approx(0.1, rel=0.01)
+    assert measurement.percentile(50) == pytest.approx(0.1, rel=0.01)
     assert measurement.unanswered == 0
     assert not measurement.errors
 
@@ -126,7 +133,7 @@ async def test_depth(autojump_clock: trio.testing.MockClock, nursery: trio.Nurse
 
     measurement = await generate(memory_load(nursery, handler, size=8, depth=5))
     assert most == 5 * 8
-    assert measurement.latencies.percentile(90) == pytest.approx(0.5, rel=0.01)
+    assert measurement.percentile(90) == pytest.approx(0.5, rel=0.01)
 
 
 @pytest.mark.parametrize("depth", [1, 16])
@@ -137,10 +144,9 @@ async def test_open_loop_reports_a_stall(
     measurement = await generate(memory_load(nursery, stalling(4, 6), depth=depth, rate=100))
     assert measurement.answered == 1000
     # 200 were due in the stall of 2 seconds, evenly spaced: half of them waited for more than a second.
-    waited = sum(count for edge, count in measurement.latencies.buckets() if edge > 1)
-    assert waited == pytest.approx(100, abs=2)
-    assert measurement.latencies.percentile(100) == pytest.approx(2, abs=0.02)
-    assert measurement.latencies.percentile(79) < 0.01
+    assert longer_than(1, measurement) == pytest.approx(100, abs=2)
+    assert measurement.percentile(100) == pytest.approx(2, abs=0.02)
+    assert measurement.percentile(79) < 0.01
 
 
 async def test_closed_loop_omits_a_stall(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
@@ -153,7 +159,7 @@ async def test_closed_loop_omits_a_stall(autojump_clock: trio.testing.MockClock,
             await stream.send_all(chunk)
 
     measurement = await generate(memory_load(nursery, handler))
-    assert sum(count for edge, count in measurement.latencies.buckets() if edge > 1) == 1
+    assert longer_than(1, measurement) == 1
 
 
 async def test_open_loop_rate(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
@@ -176,7 +182,7 @@ async def test_open_loop_rate(autojump_clock: trio.testing.MockClock, nursery: t
 async def test_sent_early(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
     """A request that was sent before it was due has its latency from the sending: it is not too short."""
     measurement = await generate(memory_load(nursery, delaying(0.004), rate=10))
-    assert measurement.latencies.percentile(1) == pytest.approx(0.004, rel=0.011)
+    assert measurement.percentile(1) == pytest.approx(0.004, rel=0.011)
 
 
 async def test_depth_bounds_an_open_loop(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
@@ -199,17 +205,17 @@ async def test_a_stall_until_the_end(
     measurement = await generate(memory_load(nursery, stalling(answered / 100 - 0.005, 1000), rate=100))
     assert measurement.answered == answered
     assert measurement.unanswered == 1000 - answered
-    assert measurement.latencies.count == 1000
-    assert measurement.latencies.percentile(100) == pytest.approx(5 + DRAIN, abs=0.02)
-    assert measurement.latencies.percentile(75) == pytest.approx(2.5 + DRAIN, abs=0.05)
+    assert measurement.latencies.total_count == 1000
+    assert measurement.percentile(100) == pytest.approx(5 + DRAIN, abs=0.02)
+    assert measurement.percentile(75) == pytest.approx(2.5 + DRAIN, abs=0.05)
     assert measurement.seconds == 10
 
 
 async def test_many_overdue(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
     """A plan far beyond the server's means is accounted for request by request."""
     measurement = await generate(memory_load(nursery, stalling(0, 1000), rate=1e6, duration=3))
-    assert measurement.unanswered == measurement.latencies.count == 3_000_000
-    assert measurement.latencies.percentile(50) == pytest.approx(1.5 + DRAIN, rel=0.02)
+    assert measurement.unanswered == measurement.latencies.total_count == 3_000_000
+    assert measurement.percentile(50) == pytest.approx(1.5 + DRAIN, rel=0.02)
 
 
 async def test_replies_after_the_end(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
@@ -418,7 +424,7 @@ async def test_measure(protocol: str) -> None:
         async with local_server(protocol, 3) as (host, port):
             load = Load(protocol, host, port, connections=3, depth=4, duration=0.6, rate=1000, processes=2)
             measurement = await measure(load, trio.Event(), progress.append)
-    assert measurement.answered == measurement.latencies.count == 600
+    assert measurement.answered == measurement.latencies.total_count == 600
     assert not measurement.errors
     assert measurement.seconds == pytest.approx(0.6, abs=0.3)
     assert 0 < measurement.busy <= 1
@@ -506,10 +512,30 @@ def test_a_load_generator_that_nobody_listens_to() -> None:
 
 
 MEASUREMENT = Measurement(seconds=2.0, answered=1000, unanswered=7, errors=Counter({"wrong reply": 4, "reset": 3}))
-MEASUREMENT.latencies.record(0.0012, 900)
-MEASUREMENT.latencies.record(0.034, 99)
-MEASUREMENT.latencies.record(1.5)
-MEASUREMENT.latencies.record(0.000045, 7)
+MEASUREMENT.record(0.0012, 900)
+MEASUREMENT.record(0.034, 99)
+MEASUREMENT.record(1.5)
+MEASUREMENT.record(0.000045, 7)
+
+
+def test_measurement_survives_json() -> None:
+    """A measurement comes out of a load generator's line as it went in, to the histogram's three digits."""
+    read = Measurement.from_json(MEASUREMENT.to_json())
+    assert (read.answered, read.unanswered, read.errors) == (1000, 7, MEASUREMENT.errors)
+    assert read.latencies.total_count == 1007
+    for percent in (1, 50, 99.9, 100):
+        assert read.percentile(percent) == MEASUREMENT.percentile(percent)
+    assert MEASUREMENT.percentile(50) == pytest.approx(0.0012, rel=0.001)
+
+
+def test_latencies_beyond_the_histogram() -> None:
+    """None at all, and days, are counted as the shortest and the longest that the histogram holds."""
+    measurement = Measurement()
+    measurement.record(0.0)
+    measurement.record(3 * 86400.0)
+    assert measurement.latencies.total_count == 2
+    assert measurement.percentile(50) == 1e-9
+    assert measurement.percentile(100) == pytest.approx(86400, rel=0.001)
 
 
 def test_table() -> None:
@@ -607,7 +633,11 @@ def test_bench(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "█" in out
     assert len(err.splitlines()) == 1  # the server's last word
     written = json.loads(json_file.read_text())
-    assert written["answered"] == 150 == sum(count for _, count in written["histogram"])
+    assert written["answered"] == 150
+    histogram = HdrHistogram.decode(written["histogram"])
+    assert histogram.total_count == 150
+    assert written["histogram_unit"] == "nanoseconds"
+    assert histogram.get_value_at_percentile(50) == pytest.approx(written["latency"]["p50"] * 1e9)
     assert written["interrupted"] is False
     assert written["load"]["size"] == 5
     assert written["errors"] == {}
@@ -659,7 +689,35 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setitem(sys.modules, "plotext", None)
     monkeypatch.setattr(sys, "executable", "/nonexistent")
     assert main(["bench", "echo"]) == 1
-    assert capsys.readouterr() == ("", "trioproto: bench needs plotext; install it: pip install 'trioproto[bench]'\n")
+    assert capsys.readouterr() == (
+        "",
+        "trioproto: bench needs plotext, which is not installed; from a clone of trioproto: pip install '.[bench]'\n",
+    )
+
+
+# A program that runs as if only the package itself were installed, without any extra.
+WITHOUT_EXTRAS = """
+import sys
+sys.modules.update(dict.fromkeys(["hdrh", "matplotlib", "plotext", "tqdm"]))
+from trioproto.cli.main import main
+sys.exit(main())
+"""
+
+
+def test_the_other_commands_need_no_extra() -> None:
+    """Servers and clients run where nothing of what bench needs is installed."""
+    command = [sys.executable, "-c", WITHOUT_EXTRAS]
+    with subprocess.Popen([*command, "op", "--port", "0"], stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        port = server.stdout.readline().decode().strip().rpartition(":")[2]
+        asked, bench = (
+            subprocess.run([*command, *words, "--port", port], capture_output=True, check=False, timeout=20)
+            for words in (["op-client", "2", "3", "add"], ["bench", "op"])
+        )
+        server.terminate()
+    assert (asked.returncode, asked.stdout) == (0, b"5\n")
+    assert (bench.returncode, bench.stdout) == (1, b"")
+    assert re.match(rb"trioproto: bench needs hdrh[.\w]*, which is not installed; from a clone .*\n$", bench.stderr)
 
 
 def test_a_report_that_cannot_be_written(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""What a server does under load: the load, the latencies, the report."""
+"""What a server does under load: the load and the report."""

@@ -26,9 +26,10 @@ from typing import Self
 
 import attrs
 import trio
+from hdrh.histogram import HdrHistogram  # type: ignore[import-untyped]
 
 from trioproto.addresses import failure_reason, format_address
-from trioproto.bench.histogram import Histogram
+from trioproto.bench.errors import BenchError
 from trioproto.op import INT32_MAX, INT32_MIN, Reply, Request, calculate
 from trioproto.streams import RECEIVE_SIZE
 
@@ -41,6 +42,9 @@ WRONG_REPLY = "wrong reply"
 # How often a load generator reports.
 REPORT_INTERVAL = 0.25
 
+# Latencies are counted in whole nanoseconds, from one to a day, which takes whatever is longer; to three digits.
+_LONGEST = 24 * 3600 * 10**9
+_DIGITS = 3
 # So many different requests are sent in turn: a server that mixes up replies is found out.
 _CYCLE = 8
 # poll(2) and its kind time out in whole milliseconds, rounded up.
@@ -51,8 +55,8 @@ _BUFFERED = 16384
 _OVERDUE_STEPS = 1000
 
 
-class BenchError(Exception):
-    """What makes a measurement impossible; the message says what to do."""
+def _histogram() -> HdrHistogram:
+    return HdrHistogram(1, _LONGEST, _DIGITS)
 
 
 @attrs.frozen
@@ -93,8 +97,8 @@ class Measurement:
         unanswered: requests that were lost with their connection, or whose reply was still due at the end.
         errors: how often each thing went wrong with a connection: ``"end of stream"`` (before all the replies),
             ``"wrong reply"``, or what the system said: ``"connection refused"``, ``"connection reset by peer"``.
-        latencies: from when a request was sent, or in an open loop was due, until its reply was there. What was
-            still due at the end is in it with the time that it had waited until then.
+        latencies: in nanoseconds, from when a request was sent, or in an open loop was due, until its reply was
+            there. What was still due at the end is in it with the time that it had waited until then.
         busy: the share of the time for which the busiest load generator computed, 0 to 1. Near 1, the load
             generators may be what limits the rate.
     """
@@ -103,13 +107,25 @@ class Measurement:
     answered: int = 0
     unanswered: int = 0
     errors: Counter[str] = attrs.Factory(Counter)
-    latencies: Histogram = attrs.Factory(Histogram)
+    latencies: HdrHistogram = attrs.Factory(_histogram)
     busy: float = 0.0
 
     @property
     def rate(self) -> float:
         """Answered requests a second."""
         return self.answered / self.seconds if self.seconds else 0.0
+
+    def record(self, latency: float, count: int = 1) -> None:
+        """Record ``latency``, in seconds, ``count`` times."""
+        # As it is, without HdrHistogram's correction for coordinated omission (`record_corrected_value`). That adds
+        # the requests which a stalled client would have sent meanwhile. In an open loop none is missing: each that was
+        # due is recorded, with its latency from when it was due, so the correction would count the stall twice. In a
+        # closed loop there is no rate from which to tell what is missing.
+        self.latencies.record_value(min(max(1, round(latency * 1e9)), _LONGEST), count)
+
+    def percentile(self, percent: float) -> float:
+        """Return the latency, in seconds, that ``percent`` % of those recorded did not exceed; 0 if there is none."""
+        return float(self.latencies.get_value_at_percentile(percent)) / 1e9
 
     def add(self, other: "Measurement") -> None:
         """Take in ``other``, measured at the same time."""
@@ -123,13 +139,13 @@ class Measurement:
     def to_json(self) -> str:
         """Return it in one line of JSON, as `from_json` takes it."""
         fields = attrs.asdict(self, recurse=False)
-        return json.dumps(fields | {"latencies": self.latencies.to_json()})
+        return json.dumps(fields | {"latencies": self.latencies.encode().decode()})
 
     @classmethod
     def from_json(cls, line: str | bytes) -> Self:
         """Return the measurement whose `to_json` gave ``line``."""
         fields = json.loads(line)
-        errors, latencies = Counter(fields.pop("errors")), Histogram.from_json(fields.pop("latencies"))
+        errors, latencies = Counter(fields.pop("errors")), HdrHistogram.decode(fields.pop("latencies"))
         return cls(**fields, errors=errors, latencies=latencies)
 
 
@@ -397,7 +413,7 @@ class _Connection:
         measurement, load = self._generator.measurement, self._generator.load
         now = trio.current_time()
         for due in self._in_flight:
-            measurement.latencies.record(now - due)
+            measurement.record(now - due)
         measurement.unanswered += len(self._in_flight)
         if load.rate is not None:
             interval = load.connections / load.rate
@@ -408,7 +424,7 @@ class _Connection:
             # They can be millions. A latency here and its neighbour hardly differ then.
             step = max(1, overdue // _OVERDUE_STEPS)
             for first in range(0, overdue, step):
-                measurement.latencies.record(now - next_due - first * interval, min(step, overdue - first))
+                measurement.record(now - next_due - first * interval, min(step, overdue - first))
 
     def _fail(self, failure: BaseException) -> None:
         measurement = self._generator.measurement
@@ -490,7 +506,7 @@ class _Connection:
         complete = self._received // messages.reply_size - start // messages.reply_size
         measurement.answered += complete
         for _ in range(complete):
-            measurement.latencies.record(now - self._in_flight.popleft())
+            measurement.record(now - self._in_flight.popleft())
 
 
 async def _generate(load: Load, number: int) -> None:

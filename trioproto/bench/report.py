@@ -4,18 +4,19 @@ import contextlib
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import attrs
 import matplotlib as mpl
 import plotext  # type: ignore[import-untyped]
+from hdrh.histogram import HdrHistogram  # type: ignore[import-untyped]
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from tqdm import tqdm
 
 from trioproto.addresses import format_address
-from trioproto.bench.histogram import Histogram
 from trioproto.bench.load import WRONG_REPLY, Load, Measurement
 
 _PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9, "max": 100.0}
@@ -23,6 +24,9 @@ _PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9, "max": 100
 _BUSY = 0.9
 _TERMINAL_ROWS = 16
 _FILE_ROWS = 120
+# A row of a plot is wider than the histogram's buckets, which are up to 0.1 % wide: no row is empty between two others
+# just because no bucket begins in it.
+_ROW_RATIO = 1.01
 # Colours that stand out from a white background as well as from a black one.
 _GREY = "#808080"
 _BLUE = "#3987d6"
@@ -63,7 +67,7 @@ def progress(load: Load) -> Iterator[Callable[[Measurement], object]]:
 
 def table(load: Load, measurement: Measurement) -> str:
     """Return what was asked for and what came of it, in lines that fit into 80 columns."""
-    percentiles = [measurement.latencies.percentile(percent) for percent in _PERCENTILES.values()]
+    percentiles = [measurement.percentile(percent) for percent in _PERCENTILES.values()]
     lines = [
         _description(load),
         "",
@@ -119,12 +123,36 @@ def _format_time(seconds: float) -> str:
     return f"{value:.{digits}f} {unit}"
 
 
-def terminal_plot(latencies: Histogram, width: int) -> str:
+def _rows(latencies: HdrHistogram, most: int) -> list[tuple[float, float, int]]:
+    """Return the range of what was recorded in at most ``most`` rows, for a plot.
+
+    Returns:
+        For each row its lower and its upper edge in seconds, and its count, which may be 0. A row begins where the
+        one before ends, and all are equally wide on a logarithmic scale.
+    """
+    buckets = [
+        (bucket.value_iterated_to / 1e9, bucket.count_at_value_iterated_to)
+        for bucket in latencies.get_recorded_iterator()
+    ]
+    if not buckets:
+        return []
+    lowest, highest = buckets[0][0], buckets[-1][0]
+    rows = max(1, min(most, math.floor(math.log(highest / lowest) / math.log(_ROW_RATIO))))
+    ratio = max(_ROW_RATIO, (highest / lowest) ** (1 / rows))
+    counts: Counter[int] = Counter()
+    for latency, count in buckets:
+        row = math.ceil(math.log(latency / lowest) / math.log(ratio)) - 1
+        # The lowest belongs to the first row, and the highest, however its logarithm was rounded, to the last.
+        counts[min(max(0, row), rows - 1)] += count
+    return [(lowest * ratio**row, lowest * ratio ** (row + 1), counts[row]) for row in range(rows)]
+
+
+def terminal_plot(latencies: HdrHistogram, width: int) -> str:
     """Return the distribution of ``latencies`` as a bar chart in text, ``width`` columns wide; nothing for none.
 
     A row counts those up to its latency that are above the latency of the row before it.
     """
-    rows = latencies.rows(_TERMINAL_ROWS)
+    rows = _rows(latencies, _TERMINAL_ROWS)
     if not rows:
         return ""
     figure = plotext.figure
@@ -145,13 +173,12 @@ def terminal_plot(latencies: Histogram, width: int) -> str:
 def write_json(path: Path, load: Load, measurement: Measurement, *, interrupted: bool) -> None:
     """Write everything to ``path`` as one JSON object; times are in seconds.
 
-    ``histogram`` is a list of ``[upper edge, count]``, in order; each bucket begins at most 1 % below its upper
-    edge.
+    ``histogram`` is the distribution of latencies as HdrHistogram's tools read it: in nanoseconds, encoded in the
+    compressed format V2, in base64.
 
     Raises:
         OSError: if it cannot be written.
     """
-    latencies = measurement.latencies
     report = {
         "load": attrs.asdict(load),
         "interrupted": interrupted,
@@ -160,8 +187,9 @@ def write_json(path: Path, load: Load, measurement: Measurement, *, interrupted:
         "answered": measurement.answered,
         "unanswered": measurement.unanswered,
         "errors": measurement.errors,
-        "latency": {name: latencies.percentile(percent) for name, percent in _PERCENTILES.items()},
-        "histogram": list(latencies.buckets()),
+        "latency": {name: measurement.percentile(percent) for name, percent in _PERCENTILES.items()},
+        "histogram": measurement.latencies.encode().decode(),
+        "histogram_unit": "nanoseconds",
         "busy": measurement.busy,
     }
     path.write_text(json.dumps(report, indent=2) + "\n")
@@ -175,7 +203,6 @@ def write_plot(path: Path, load: Load, measurement: Measurement) -> None:
     Raises:
         OSError: if it cannot be written.
     """
-    latencies = measurement.latencies
     with mpl.rc_context(
         {
             "text.color": _GREY,
@@ -193,7 +220,7 @@ def write_plot(path: Path, load: Load, measurement: Measurement) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(lambda latency, _: _format_time(latency))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        if rows := latencies.rows(_FILE_ROWS):
+        if rows := _rows(measurement.latencies, _FILE_ROWS):
             lower, upper, counts = zip(*rows, strict=True)
             axes.stairs(counts, [lower[0], *upper], fill=True, color=_BLUE)
             # At least a factor of 5, so that there are two ticks; and room above and on the right for the percentiles.
@@ -202,7 +229,7 @@ def write_plot(path: Path, load: Load, measurement: Measurement) -> None:
             axes.set_ylim(0, max(counts) * 1.6)
             # Each line ends at its label, lower than the one before: no label lies across another line.
             for number, (name, percent) in enumerate(_PERCENTILES.items()):
-                latency, height = latencies.percentile(percent), 0.97 - 0.07 * number
+                latency, height = measurement.percentile(percent), 0.97 - 0.07 * number
                 axes.axvline(latency, ymax=height, color=_ORANGE, linewidth=1)
                 axes.annotate(
                     f" {name} {_format_time(latency)}",

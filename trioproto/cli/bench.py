@@ -10,7 +10,6 @@ from pathlib import Path
 
 import trio
 
-from trioproto.bench.load import Load, local_server, measure
 from trioproto.cli.arguments import PORTS, CommandError, host, port, positive, seconds, whole
 from trioproto.cli.standard import write_text
 from trioproto.op import MAX_OPERANDS
@@ -32,13 +31,15 @@ async def _bench(args: argparse.Namespace) -> None:
     if args.depth * args.size > _MAX_IN_FLIGHT:
         args.error(f"--depth times --size is more than {_MAX_IN_FLIGHT} bytes")
     try:
-        from trioproto.bench import report  # noqa: PLC0415 - an extra
+        from trioproto.bench import load, report  # noqa: PLC0415 - an extra
     except ImportError as error:
-        raise CommandError(f"bench needs {error.name}; install it: pip install 'trioproto[bench]'") from None
+        raise CommandError(
+            f"bench needs {error.name}, which is not installed; from a clone of trioproto: pip install '.[bench]'"
+        ) from None
 
     server: contextlib.AbstractAsyncContextManager[tuple[str, int]]
     if args.host is None and args.port is None:
-        server = local_server(args.protocol, args.connections)
+        server = load.local_server(args.protocol, args.connections)
     else:
         server = contextlib.nullcontext((args.host or HOST, PORTS[args.protocol] if args.port is None else args.port))
     stop = trio.Event()
@@ -53,7 +54,7 @@ async def _bench(args: argparse.Namespace) -> None:
 
             nursery.start_soon(interrupt)
             async with server as address:
-                load = Load(
+                asked = load.Load(
                     args.protocol,
                     *address,
                     connections=args.connections,
@@ -63,21 +64,21 @@ async def _bench(args: argparse.Namespace) -> None:
                     rate=args.rate,
                     processes=args.processes,
                 )
-                with report.progress(load) as on_progress:
-                    measurement = await measure(load, stop, on_progress)
+                with report.progress(asked) as on_progress:
+                    measurement = await load.measure(asked, stop, on_progress)
             nursery.cancel_scope.cancel()
 
     width = min(_MAX_WIDTH, shutil.get_terminal_size().columns)
-    write_text(f"{report.table(load, measurement)}\n\n{report.terminal_plot(measurement.latencies, width)}\n")
+    write_text(f"{report.table(asked, measurement)}\n\n{report.terminal_plot(measurement.latencies, width)}\n")
     if args.json:
         with _writing(args.json):
-            report.write_json(args.json, load, measurement, interrupted=stop.is_set())
+            report.write_json(args.json, asked, measurement, interrupted=stop.is_set())
     if args.plot:
         with _writing(args.plot):
-            report.write_plot(args.plot, load, measurement)
+            report.write_plot(args.plot, asked, measurement)
     if stop.is_set():
         raise KeyboardInterrupt
-    if failure := report.failure(load, measurement):
+    if failure := report.failure(asked, measurement):
         raise CommandError(failure)
 
 
@@ -184,7 +185,12 @@ def _add_bench_protocol(protocols: "argparse._SubParsersAction[argparse.Argument
         metavar="N",
         help="that generate the load (default: %(default)s)",
     )
-    command.add_argument("--json", type=_output_file, metavar="FILE", help="write the report as JSON, times in seconds")
+    command.add_argument(
+        "--json",
+        type=_output_file,
+        metavar="FILE",
+        help="write the report as JSON: times in seconds, and the latencies as an encoded HdrHistogram",
+    )
     command.add_argument(
         "--plot", type=_plot_file, metavar="FILE", help="draw the latencies; FILE ends in .svg or .png"
     )

@@ -16,7 +16,7 @@ from typing import Any
 import trio
 
 from trioproto.addresses import failure_reason, format_address
-from trioproto.bench.load import BenchError
+from trioproto.bench.errors import BenchError
 from trioproto.cli.arguments import PORTS, CommandError, count, descriptor, host, not_empty, port, seconds
 from trioproto.cli.bench import add_bench
 from trioproto.cli.clients import echo_dialogue, echo_messages, echo_pipe, op_answer, op_dialogue
