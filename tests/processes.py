@@ -62,9 +62,9 @@ class Server:
             line += more
         self.address = line.decode().split()[-1]
 
-    async def logged(self, pattern: str) -> None:
-        """Wait until a line of the log matches."""
-        while not any(re.search(pattern, line) for line in self.log):
+    async def logged(self, pattern: str, times: int = 1) -> None:
+        """Wait until so many lines of the log match."""
+        while sum(re.search(pattern, line) is not None for line in self.log) < times:
             assert await self._read_log(), f"no {pattern!r} in {self.log}"
 
     async def rest_of_log(self) -> list[str]:

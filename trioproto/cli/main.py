@@ -26,9 +26,10 @@ from trioproto.echo import echo_handler
 from trioproto.op import Request, op_handler
 from trioproto.process.listeners import ListenError, activated_fds
 from trioproto.process.service import GRACE_PERIOD, HOST, MAX_CONNECTIONS, serve_until_signal
-from trioproto.process.tls import client_context, server_context
+from trioproto.process.tls import ServerContext, client_context, server_context
 from trioproto.process.workers import supervise_until_signal, worker_program
 from trioproto.server import ServerStats
+from trioproto.tls import TLSStream
 
 _log = logging.getLogger("trioproto")
 
@@ -101,6 +102,9 @@ async def _serve(args: argparse.Namespace) -> None:
         "unix": args.unix,
         "fds": fds,
         "grace_period": args.grace,
+        "reload": None
+        if context is None
+        else functools.partial(context.reload, args.tls_cert, args.tls_key, args.tls_client_ca),
         "stop_at_eof": args.stop_at_eof,
         "announce": functools.partial(_print_address, args.protocol),
     }
@@ -126,7 +130,7 @@ async def _serve(args: argparse.Namespace) -> None:
         await _log_stats(stats)
 
 
-def _server_context(args: argparse.Namespace) -> ssl.SSLContext | None:
+def _server_context(args: argparse.Namespace) -> ServerContext | None:
     if args.tls_cert is None:
         return None
     try:
@@ -216,9 +220,9 @@ async def _connected(args: argparse.Namespace) -> AsyncIterator[trio.abc.Stream]
         raise CommandError(f"cannot connect to {where}: {failure_reason(error)}; {advice}") from None
     try:
         if context is not None:
-            stream = tls = trio.SSLStream(stream, context, server_hostname=server_name)
+            stream = tls = TLSStream(stream, context, server_hostname=server_name)
             with _within(args.timeout, f"no TLS handshake with {where} {in_time}; does the server speak TLS?"):
-                await tls.do_handshake()
+                await tls.handshake()
         yield stream
         with trio.move_on_after(args.timeout):  # TLS sends a last message
             await stream.aclose()

@@ -7,10 +7,11 @@ for several. `run_until_signal` is what both have in common: listeners, signals,
 import contextlib
 import functools
 import logging
+import math
 import os
 import signal
 import ssl
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import trio
@@ -18,6 +19,7 @@ import trio
 from trioproto.addresses import format_address
 from trioproto.process.listeners import close_listeners, ending_fds, open_listeners
 from trioproto.server import OnTick, ServerStats, check_settings, serve_listeners
+from trioproto.tls import TLSStream
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +39,11 @@ SAME_SIGNAL_SECONDS = 1.0
 
 _STDIN = 0
 
+# What a supervisor writes to the standard input of a worker, in one piece, when it has received SIGHUP itself.
+RELOAD = b"reload\n"
+
+_HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+
 
 async def serve_until_signal(
     handler: Callable[[Any], Awaitable[object]],
@@ -50,6 +57,7 @@ async def serve_until_signal(
     grace_period: float = GRACE_PERIOD,
     tick: float | None = None,
     on_tick: OnTick | None = None,
+    reload: Callable[[], object] | None = None,
     stop_at_eof: bool = False,
     announce: Callable[[str], object] | None = None,
 ) -> ServerStats | None:
@@ -80,7 +88,11 @@ async def serve_until_signal(
         grace_period: seconds, 0 or more, that a stop waits for requests under way.
         tick: seconds, above 0, between two calls of ``on_tick``; see `trioproto.serve_listeners`.
         on_tick: awaited with the current `ServerStats` on each tick.
-        stop_at_eof: whether the end of standard input stops the server like a first signal.
+        reload: called when SIGHUP comes, which never disturbs a connection: for what can be read again, such as the
+            TLS files (`trioproto.process.tls.ServerContext.reload`). An `OSError` that it raises is one line in the
+            log, and any other exception is logged with its traceback. None: SIGHUP is logged and does nothing.
+        stop_at_eof: whether the end of standard input stops the server like a first signal. Meanwhile, a line with
+            ``reload`` on standard input is like SIGHUP.
         announce: called with each listener's address, such as ``127.0.0.1:9000`` or ``unix:PATH``, once all of them
             listen and a signal would stop the server gracefully. None: each address is logged, at level INFO.
 
@@ -100,12 +112,9 @@ async def serve_until_signal(
     outliving = set(fds).difference(ending_fds())
 
     async def serve(listeners: list[trio.SocketListener], shutdown: trio.Event) -> ServerStats:
-        endpoints: list[trio.abc.Listener[trio.abc.Stream]] = list(listeners)
-        if ssl_context is not None:
-            endpoints = [trio.SSLListener(listener, ssl_context) for listener in listeners]
         return await serve_listeners(
-            handler,
-            endpoints,
+            handler if ssl_context is None else _over_tls(handler, ssl_context),
+            listeners,
             tick=tick,
             on_tick=on_tick,
             max_connections=max_connections,
@@ -114,7 +123,18 @@ async def serve_until_signal(
         )
 
     listening = open_listeners(port, host=host, unix=unix, fds=fds)
-    return await run_until_signal(serve, listening, outliving=outliving, stop_at_eof=stop_at_eof, announce=announce)
+    return await run_until_signal(
+        serve, listening, outliving=outliving, reload=reload, stop_at_eof=stop_at_eof, announce=announce
+    )
+
+
+def _over_tls(
+    handler: Callable[[Any], Awaitable[object]], context: ssl.SSLContext
+) -> Callable[[trio.SocketStream], Awaitable[object]]:
+    async def handle(stream: trio.SocketStream) -> None:
+        await handler(TLSStream(stream, context, server_side=True))
+
+    return handle
 
 
 async def run_until_signal(
@@ -122,6 +142,7 @@ async def run_until_signal(
     listening: contextlib.AbstractAsyncContextManager[list[trio.SocketListener]],
     *,
     outliving: Collection[int] = (),
+    reload: Callable[[], object] | None = None,
     stop_at_eof: bool = False,
     announce: Callable[[str], object] | None = None,
 ) -> ResultT | None:
@@ -133,7 +154,8 @@ async def run_until_signal(
             `HANDSHAKE_SECONDS` later, those whose handshakes had begun are queued, and the event is set.
         outliving: descriptors of those listeners whose sockets have another server. They are closed once the event is
             set, so that nothing more is accepted from them.
-        stop_at_eof: whether the end of standard input stops it, too.
+        reload: as for `serve_until_signal`.
+        stop_at_eof: whether the end of standard input stops it, too, and a line ``reload`` there calls ``reload``.
         announce: called with each listener's address before ``serve``, when signals are already waited for. None: the
             addresses are logged.
 
@@ -156,26 +178,11 @@ async def run_until_signal(
         listeners = await accepting.enter_async_context(listening)
         with contextlib.ExitStack() as closing:
             closing.callback(close_listeners, listeners)
-            signals = closing.enter_context(trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM))
+            heeded = [signal.SIGINT, signal.SIGTERM] if _HANGUP is None else [signal.SIGINT, signal.SIGTERM, _HANGUP]
+            signals = closing.enter_context(trio.open_signal_receiver(*heeded))
             for listener in listeners:
                 announce(format_address(listener.socket.getsockname()))
             async with trio.open_nursery() as nursery:
-
-                async def heed_signals() -> None:
-                    await anext(signals)
-                    stopping.set()
-                    with trio.move_on_after(SAME_SIGNAL_SECONDS):
-                        async for _ in signals:
-                            pass
-                    await anext(signals)
-                    _log.warning("a second signal: cancelled what was under way")
-                    nursery.cancel_scope.cancel()
-
-                async def heed_stdin() -> None:
-                    with contextlib.suppress(OSError):  # one that cannot be read, or is closed, has ended, too
-                        while await trio.to_thread.run_sync(os.read, _STDIN, 1024, abandon_on_cancel=True):
-                            pass
-                    stopping.set()
 
                 async def stop() -> None:
                     await stopping.wait()
@@ -184,10 +191,46 @@ async def run_until_signal(
                     shutdown.set()
                     close_listeners([listener for listener in listeners if listener.socket.fileno() in outliving])
 
-                nursery.start_soon(heed_signals)
+                nursery.start_soon(_heed_signals, signals, stopping, reload, nursery.cancel_scope)
                 if stop_at_eof:
-                    nursery.start_soon(heed_stdin)
+                    nursery.start_soon(_heed_stdin, stopping, reload)
                 nursery.start_soon(stop)
                 result = await serve(listeners, shutdown)
                 nursery.cancel_scope.cancel()
     return result
+
+
+async def _heed_signals(
+    signals: AsyncIterator[int], stopping: trio.Event, reload: Callable[[], object] | None, under_way: trio.CancelScope
+) -> None:
+    began = math.inf
+    async for number in signals:
+        if number == _HANGUP:
+            _reload("SIGHUP", reload)
+        elif began == math.inf:
+            began = trio.current_time()
+            stopping.set()
+        elif trio.current_time() - began >= SAME_SIGNAL_SECONDS:
+            _log.warning("a second signal: cancelled what was under way")
+            under_way.cancel()
+
+
+async def _heed_stdin(stopping: trio.Event, reload: Callable[[], object] | None) -> None:
+    with contextlib.suppress(OSError):  # one that cannot be read, or is closed, has ended, too
+        while data := await trio.to_thread.run_sync(os.read, _STDIN, 1024, abandon_on_cancel=True):
+            if RELOAD in data:
+                _reload("standard input", reload)
+    stopping.set()
+
+
+def _reload(source: str, reload: Callable[[], object] | None) -> None:
+    if reload is None:
+        _log.info("%s: there is nothing to reload", source)
+        return
+    try:
+        reload()
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with what is new, the service goes on with the old
+        bug = None if isinstance(error, OSError) else error
+        _log.error("%s: cannot reload: %s; nothing has changed", source, error, exc_info=bug)
+    else:
+        _log.info("%s: reloaded", source)

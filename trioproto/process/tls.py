@@ -3,9 +3,35 @@
 import os
 import ssl
 from pathlib import Path
+from typing import Any
 
 
-def server_context(cert: str, key: str | None, client_ca: str | None) -> ssl.SSLContext:
+class ServerContext(ssl.SSLContext):
+    """A server's context whose files can be loaded again while it is in use, for `wrap_bio`.
+
+    `load_cert_chain` on a context in use replaces its certificate only if the new key is of the same kind. OpenSSL
+    keeps one certificate for each kind, so after a change from ECDSA to RSA, most clients would go on to choose the old
+    one. Certificates of authorities are only ever added; one that is not to be trusted any more would stay. And clients
+    whose certificates such an authority signed could resume their sessions. So the files are loaded into a fresh
+    context each time, and this one gives each new connection the latest of them.
+    """
+
+    _latest: ssl.SSLContext
+
+    def reload(self, cert: str, key: str | None, client_ca: str | None) -> None:
+        """Use these files, as `server_context` does, for the handshakes of connections that begin from now on.
+
+        Raises:
+            OSError: as for `server_context`. Then nothing has changed.
+        """
+        self._latest = _load_server_context(cert, key, client_ca)
+
+    def wrap_bio(self, *args: Any, **kwargs: Any) -> ssl.SSLObject:
+        """Begin a connection with the files that were loaded last."""
+        return self._latest.wrap_bio(*args, **kwargs)
+
+
+def server_context(cert: str, key: str | None, client_ca: str | None) -> ServerContext:
     """Return what a server needs to speak TLS 1.2 and later.
 
     Args:
@@ -17,6 +43,12 @@ def server_context(cert: str, key: str | None, client_ca: str | None) -> ssl.SSL
     Raises:
         OSError: if a file cannot be read, or does not hold what it should. The text says which, and why.
     """
+    context = ServerContext(ssl.PROTOCOL_TLS_SERVER)
+    context.reload(cert, key, client_ca)
+    return context
+
+
+def _load_server_context(cert: str, key: str | None, client_ca: str | None) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     _load_cert(context, cert, key)
     if client_ca is not None:

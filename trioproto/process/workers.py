@@ -1,5 +1,6 @@
 """Worker processes that share listening sockets, supervised by one nursery."""
 
+import contextlib
 import functools
 import logging
 import math
@@ -13,7 +14,7 @@ from pathlib import Path
 import trio
 
 from trioproto.process.listeners import ENDING_FDS, open_listeners
-from trioproto.process.service import GRACE_PERIOD, HOST, run_until_signal
+from trioproto.process.service import GRACE_PERIOD, HOST, RELOAD, run_until_signal
 
 _log = logging.getLogger(__name__)
 
@@ -24,6 +25,8 @@ LONGEST_WAIT = 30.0
 
 # What a worker may take to stop beyond its grace period, before it is taken to hang.
 STOP_SECONDS = 10.0
+
+_SUPERVISORS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # The interpreter's options that `sys.flags` tells of; a number there says how often one was given.
 _INTERPRETER_OPTIONS = {
@@ -62,6 +65,7 @@ async def supervise_until_signal(
     unix: str | None = None,
     fds: Sequence[int] = (),
     grace_period: float = GRACE_PERIOD,
+    reload: Callable[[], object] | None = None,
     stop_at_eof: bool = False,
     announce: Callable[[str], object] | None = None,
 ) -> None:
@@ -81,6 +85,8 @@ async def supervise_until_signal(
         fds: see there.
         grace_period: seconds, 0 or more, that a worker's own stop waits for requests under way. One that has not
             ended `STOP_SECONDS` after that is killed.
+        reload: see there. The workers are told to reload, too, unless it raises an exception: so it should check
+            whether that will succeed, and log that it does not, once instead of by each worker.
         stop_at_eof: see there.
         announce: see there. Called before the first worker is started; connections wait in the accept queue until then.
 
@@ -92,6 +98,14 @@ async def supervise_until_signal(
 
     On cancellation, the workers are killed and waited for, and every listener is closed.
     """
+    inputs: set[trio.lowlevel.FdStream] = set()
+
+    def reload_all(check: Callable[[], object]) -> None:
+        check()
+        for stdin in inputs:
+            # One that has ended needs nothing, and neither does one that has not read thousands of these before.
+            with contextlib.suppress(OSError):
+                os.write(stdin.fileno(), RELOAD)
 
     async def supervise(listeners: list[trio.SocketListener], shutdown: trio.Event) -> None:
         inherited = [listener.socket.fileno() for listener in listeners]
@@ -102,10 +116,17 @@ async def supervise_until_signal(
             ending_fds=[fd for fd in inherited if fd not in fds],
             shutdown=shutdown,
             patience=grace_period + STOP_SECONDS,
+            inputs=inputs,
         )
 
     listening = open_listeners(port, host=host, unix=unix, fds=fds)
-    await run_until_signal(supervise, listening, stop_at_eof=stop_at_eof, announce=announce)
+    await run_until_signal(
+        supervise,
+        listening,
+        reload=None if reload is None else functools.partial(reload_all, reload),
+        stop_at_eof=stop_at_eof,
+        announce=announce,
+    )
 
 
 async def supervise_workers(
@@ -116,6 +137,7 @@ async def supervise_workers(
     ending_fds: Sequence[int] = (),
     shutdown: trio.Event,
     patience: float = math.inf,
+    inputs: set[trio.lowlevel.FdStream] | None = None,
 ) -> None:
     """Keep ``count`` processes running until ``shutdown`` is set, then have each stop, and wait for them.
 
@@ -125,13 +147,14 @@ async def supervise_workers(
     Args:
         command: a worker's command line; it serves on the descriptors of ``listening_fds`` until its standard input
             ends. That is a pipe, which this process closes to stop it, and the kernel when this process dies, however
-            that comes about. SIGTERM and SIGINT are blocked in it, and do nothing.
+            that comes about. SIGTERM, SIGINT and SIGHUP are blocked in it, and do nothing.
         count: how many, 1 or more.
         listening_fds: descriptors of listening sockets, which the workers inherit under the same numbers.
         ending_fds: those of them whose sockets have no server after these: the workers have to serve in a stop who
             waits in their queues, and are told so (`trioproto.process.listeners.ending_fds`).
         shutdown: set to stop.
         patience: seconds, 0 or more, from ``shutdown`` until a worker that has not ended is killed.
+        inputs: a set that holds, as long as this runs, our ends of the pipes of the workers that run.
 
     Raises:
         OSError: if ``command`` cannot be started at all. If it could be, but cannot be started again, that is logged,
@@ -150,22 +173,28 @@ async def supervise_workers(
         process_group=0,
         # Who signals all of a service's processes, as systemd does, might reach a worker before it can receive signals,
         # or so early that nobody is left to serve the queue once the supervisor stops, too. It alone decides on that.
-        preexec_fn=functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM)),
+        preexec_fn=functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, _SUPERVISORS_SIGNALS),
     )
+    if inputs is None:
+        inputs = set()
     async with trio.open_nursery() as nursery:
         for number in range(1, count + 1):
-            nursery.start_soon(_keep_running, number, start, shutdown, patience)
+            nursery.start_soon(_keep_running, number, start, shutdown, patience, inputs)
 
 
 async def _keep_running(
-    number: int, start: Callable[[], Awaitable[trio.Process]], shutdown: trio.Event, patience: float
+    number: int,
+    start: Callable[[], Awaitable[trio.Process]],
+    shutdown: trio.Event,
+    patience: float,
+    inputs: set[trio.lowlevel.FdStream],
 ) -> None:
     wait = FIRST_WAIT
     first = True
     while not shutdown.is_set():
         began = trio.current_time()
         try:
-            status = await _run_worker(number, start, shutdown, patience)
+            status = await _run_worker(number, start, shutdown, patience, inputs)
         except OSError as error:
             if first:
                 raise
@@ -184,12 +213,17 @@ async def _keep_running(
 
 
 async def _run_worker(
-    number: int, start: Callable[[], Awaitable[trio.Process]], shutdown: trio.Event, patience: float
+    number: int,
+    start: Callable[[], Awaitable[trio.Process]],
+    shutdown: trio.Event,
+    patience: float,
+    inputs: set[trio.lowlevel.FdStream],
 ) -> int:
     """Run one worker until it ends, and return its exit status (as `subprocess.Popen.returncode`)."""
     process = await start()
     stdin = process.stdin
-    assert stdin is not None  # noqa: S101 - for the type checker
+    assert isinstance(stdin, trio.lowlevel.FdStream)  # noqa: S101 - for the type checker
+    inputs.add(stdin)
     try:
         async with stdin, trio.open_nursery() as nursery:
 
@@ -204,6 +238,7 @@ async def _run_worker(
             status = await process.wait()
             nursery.cancel_scope.cancel()
     finally:
+        inputs.discard(stdin)
         if process.returncode is None:
             process.kill()
             with trio.CancelScope(shield=True):  # a killed process ends at once
