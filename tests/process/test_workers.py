@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from processes import COMMAND, is_refused, serving
+from processes import COMMAND, is_refused, paused, serving
 
 from trioproto.process.listeners import ListenError
 from trioproto.process.workers import (
@@ -378,6 +378,59 @@ async def test_standard_input_that_ends(tmp_path: Path, monkeypatch: pytest.Monk
             os.close(writing)
     workers.check_gone(pids)
     os.close(reading)
+
+
+# Workers that hang.
+
+
+async def test_worker_that_never_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker that gives no sign of life while it starts is killed and replaced; one line in the log says so."""
+    monkeypatch.setattr("trioproto.process.workers.BEAT_SECONDS", 0.1)
+    monkeypatch.setattr("trioproto.process.workers.START_SECONDS", 0.5)
+    workers = Supervised(tmp_path, FOREVER)
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(functools.partial(workers.run, 1, grace_period=0))
+            first, _ = await workers.pids(2)
+            nursery.cancel_scope.cancel()
+    assert not is_running(first)
+    assert caplog.messages == ["worker 1 has given no sign of life for 0.5 s: killed; starting another"]
+
+
+async def test_worker_that_hangs_while_it_serves() -> None:
+    """A worker that is stopped is killed and replaced; meanwhile, the others serve."""
+    complaint = "worker [12] has given no sign of life for 10 s: killed; starting another"
+    async with serving("op", "--workers=2", complaints=[complaint]) as server:
+        hanging, other = await server.workers(2)
+        await server.answers_anew()
+        replaced = trio.Event()
+
+        async def ask_on() -> None:
+            while not replaced.is_set():
+                await server.answers_anew()
+                await trio.sleep(0.05)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask_on)
+            await trio.sleep(2)  # both serve
+            os.kill(hanging, signal.SIGSTOP)
+            await server.logged("no sign of life")
+            pids = await server.workers(2)
+            assert hanging not in pids
+            assert other in pids
+            replaced.set()
+
+
+async def test_workers_that_were_frozen() -> None:
+    """All processes are stopped for a while, as by a container's pause: nobody is taken to hang when they go on."""
+    async with serving("op", "--workers=2") as server:
+        await server.answers_anew()
+        with paused(server.process.pid, *await server.workers(2)):
+            await trio.sleep(12)
+        await trio.sleep(2)
+        await server.answers_anew()
 
 
 # What a worker runs.

@@ -11,13 +11,17 @@ import math
 import os
 import signal
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import trio
 
 from trioproto.addresses import format_address
+from trioproto.process.heartbeat import add_heartbeat
 from trioproto.process.listeners import close_listeners, ending_fds, open_listeners
+from trioproto.process.notices import notice_interval, notify, notify_alive
+from trioproto.process.scoreboard import own_row
 from trioproto.server import OnTick, ServerStats, check_settings, serve_listeners
 from trioproto.tls import TLSStream
 
@@ -36,6 +40,9 @@ HANDSHAKE_SECONDS = 0.25
 # Signals that come within so many seconds of the first are part of it. What stops a server may well send several: a
 # terminal, or systemd, signals all of a service's processes, and a wrapper among them passes on what it gets.
 SAME_SIGNAL_SECONDS = 1.0
+
+# How often a worker gives its supervisor a sign of life.
+BEAT_SECONDS = 1.0
 
 _STDIN = 0
 
@@ -110,8 +117,12 @@ async def serve_until_signal(
     """
     check_settings(tick, on_tick, max_connections, grace_period)  # before anything is open
     outliving = set(fds).difference(ending_fds())
+    interval, beat = _heartbeat()
+    tick, on_tick = add_heartbeat(tick, on_tick, interval, beat)
 
     async def serve(listeners: list[trio.SocketListener], shutdown: trio.Event) -> ServerStats:
+        beat(ServerStats(0, 0, 0, 0.0))
+        notify("READY=1")  # whoever connects waits for the accept loop now, if at all
         return await serve_listeners(
             handler if ssl_context is None else _over_tls(handler, ssl_context),
             listeners,
@@ -126,6 +137,22 @@ async def serve_until_signal(
     return await run_until_signal(
         serve, listening, outliving=outliving, reload=reload, stop_at_eof=stop_at_eof, announce=announce
     )
+
+
+def _heartbeat() -> tuple[float, Callable[[ServerStats], object]]:
+    """Return how often this process has to give a sign of life, and how: to its supervisor, or else to systemd."""
+    inherited = own_row()
+    if inherited is None:
+        return notice_interval(), lambda stats: notify_alive(stats.accepted, stats.active)
+    scoreboard, row = inherited
+    before = scoreboard.accepted[row]
+
+    def beat(stats: ServerStats) -> None:
+        scoreboard.beats[row] += 1
+        scoreboard.accepted[row] = before + stats.accepted
+        scoreboard.active[row] = stats.active
+
+    return BEAT_SECONDS, beat
 
 
 def _over_tls(
@@ -186,6 +213,7 @@ async def run_until_signal(
 
                 async def stop() -> None:
                     await stopping.wait()
+                    notify("STOPPING=1")
                     await accepting.aclose()
                     await trio.sleep(HANDSHAKE_SECONDS)
                     shutdown.set()
@@ -206,7 +234,9 @@ async def _heed_signals(
     began = math.inf
     async for number in signals:
         if number == _HANGUP:
+            notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
             _reload("SIGHUP", reload)
+            notify("READY=1")
         elif began == math.inf:
             began = trio.current_time()
             stopping.set()

@@ -11,10 +11,13 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+import attrs
 import trio
 
 from trioproto.process.listeners import ENDING_FDS, open_listeners
-from trioproto.process.service import GRACE_PERIOD, HOST, RELOAD, run_until_signal
+from trioproto.process.notices import VARIABLES, notice_interval, notify, notify_alive
+from trioproto.process.scoreboard import VARIABLE, Scoreboard, new_scoreboard
+from trioproto.process.service import BEAT_SECONDS, GRACE_PERIOD, HOST, RELOAD, run_until_signal
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +30,13 @@ LONGEST_WAIT = 30.0
 STOP_SECONDS = 10.0
 
 _SUPERVISORS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+# After so many seconds without a sign of life, a worker is taken to hang; one that starts has to import everything.
+HANG_SECONDS = 10.0
+START_SECONDS = 60.0
+
+# How often we look whether those that start serve.
+STARTING_LOOK = 0.05
 
 # The interpreter's options that `sys.flags` tells of; a number there says how often one was given.
 _INTERPRETER_OPTIONS = {
@@ -109,15 +119,20 @@ async def supervise_until_signal(
 
     async def supervise(listeners: list[trio.SocketListener], shutdown: trio.Event) -> None:
         inherited = [listener.socket.fileno() for listener in listeners]
-        await supervise_workers(
-            command(inherited),
-            count,
-            listening_fds=inherited,
-            ending_fds=[fd for fd in inherited if fd not in fds],
-            shutdown=shutdown,
-            patience=grace_period + STOP_SECONDS,
-            inputs=inputs,
-        )
+        with new_scoreboard(count) as scoreboard:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_notify_systemd, scoreboard)
+                await supervise_workers(
+                    command(inherited),
+                    count,
+                    listening_fds=inherited,
+                    ending_fds=[fd for fd in inherited if fd not in fds],
+                    shutdown=shutdown,
+                    patience=grace_period + STOP_SECONDS,
+                    inputs=inputs,
+                    scoreboard=scoreboard,
+                )
+                nursery.cancel_scope.cancel()
 
     listening = open_listeners(port, host=host, unix=unix, fds=fds)
     await run_until_signal(
@@ -129,6 +144,24 @@ async def supervise_until_signal(
     )
 
 
+async def _notify_systemd(scoreboard: Scoreboard) -> None:
+    """Say that the service is ready once every worker serves, and then that it is alive as long as any of them is."""
+    interval = notice_interval()
+    if interval == math.inf:
+        return
+    while 0 in scoreboard.beats:  # noqa: ASYNC110 - shared memory has no event
+        await trio.sleep(STARTING_LOOK)
+    notify("READY=1")
+    silence, before = 0.0, [0]
+    while True:
+        beats = scoreboard.beats.tolist()
+        silence = 0.0 if beats != before else silence + interval
+        before = beats
+        if silence < HANG_SECONDS:
+            notify_alive(sum(scoreboard.accepted), sum(scoreboard.active))
+        await trio.sleep(interval)
+
+
 async def supervise_workers(
     command: Sequence[str],
     count: int,
@@ -138,11 +171,13 @@ async def supervise_workers(
     shutdown: trio.Event,
     patience: float = math.inf,
     inputs: set[trio.lowlevel.FdStream] | None = None,
+    scoreboard: Scoreboard | None = None,
 ) -> None:
     """Keep ``count`` processes running until ``shutdown`` is set, then have each stop, and wait for them.
 
-    The kernel gives each connection to one of the processes that listen. While this process holds the sockets
-    too, a connection that is queued when a worker dies goes to another.
+    The workers share each socket, and with it its queue; none has a queue of its own, as it would with SO_REUSEPORT.
+    So connections that are queued when a worker dies, or while it hangs, are accepted by another one. Those that it has
+    accepted itself end with it. While this process holds the sockets, too, a queue outlives all of the workers.
 
     Args:
         command: a worker's command line; it serves on the descriptors of ``listening_fds`` until its standard input
@@ -155,6 +190,9 @@ async def supervise_workers(
         shutdown: set to stop.
         patience: seconds, 0 or more, from ``shutdown`` until a worker that has not ended is killed.
         inputs: a set that holds, as long as this runs, our ends of the pipes of the workers that run.
+        scoreboard: has a row for each worker, where it gives signs of life, and is told which is its
+            (`trioproto.process.scoreboard.own_row`). One that gives none for `HANG_SECONDS`, or none at all within
+            `START_SECONDS`, hangs: it is killed, and replaced. None: nobody watches them.
 
     Raises:
         OSError: if ``command`` cannot be started at all. If it could be, but cannot be started again, that is logged,
@@ -162,85 +200,108 @@ async def supervise_workers(
 
     On cancellation, the workers are killed (SIGKILL) and waited for.
     """
-    start = functools.partial(
-        trio.lowlevel.open_process,
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        pass_fds=listening_fds,
-        env=os.environ | {ENDING_FDS: " ".join(map(str, ending_fds))},
-        # A process group of its own, so that a terminal's Ctrl-C reaches the supervisor alone. It stops the workers.
-        process_group=0,
-        # Who signals all of a service's processes, as systemd does, might reach a worker before it can receive signals,
-        # or so early that nobody is left to serve the queue once the supervisor stops, too. It alone decides on that.
-        preexec_fn=functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, _SUPERVISORS_SIGNALS),
-    )
-    if inputs is None:
-        inputs = set()
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}  # systemd's are ours
+
+    async def start(row: int) -> trio.Process:
+        board = {} if scoreboard is None else {VARIABLE: f"{scoreboard.fd} {row}"}
+        return await trio.lowlevel.open_process(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=listening_fds if scoreboard is None else [*listening_fds, scoreboard.fd],
+            env=environment | {ENDING_FDS: " ".join(map(str, ending_fds))} | board,
+            # A process group of its own, so that a terminal's Ctrl-C reaches the supervisor alone. It stops the
+            # workers.
+            process_group=0,
+            # Who signals all of a service's processes, as systemd does, might reach a worker before it can receive
+            # signals, or so early that nobody is left to serve the queue once the supervisor stops, too. It alone
+            # decides on that.
+            preexec_fn=functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, _SUPERVISORS_SIGNALS),
+        )
+
+    supervision = _Supervision(start, shutdown, patience, set() if inputs is None else inputs, scoreboard)
     async with trio.open_nursery() as nursery:
-        for number in range(1, count + 1):
-            nursery.start_soon(_keep_running, number, start, shutdown, patience, inputs)
+        for row in range(count):
+            nursery.start_soon(supervision.keep_running, row)
 
 
-async def _keep_running(
-    number: int,
-    start: Callable[[], Awaitable[trio.Process]],
-    shutdown: trio.Event,
-    patience: float,
-    inputs: set[trio.lowlevel.FdStream],
-) -> None:
-    wait = FIRST_WAIT
-    first = True
-    while not shutdown.is_set():
-        began = trio.current_time()
+@attrs.frozen
+class _Supervision:
+    """What `supervise_workers` does with each worker. Workers are numbered from 1 in the log."""
+
+    start: Callable[[int], Awaitable[trio.Process]]
+    shutdown: trio.Event
+    patience: float
+    inputs: set[trio.lowlevel.FdStream]
+    scoreboard: Scoreboard | None
+
+    async def keep_running(self, row: int) -> None:
+        wait = FIRST_WAIT
+        first = True
+        while not self.shutdown.is_set():
+            began = trio.current_time()
+            try:
+                end = await self._run(row)
+            except OSError as error:
+                if first:
+                    raise
+                _log.error("worker %d cannot be started: %s; trying again", row + 1, error.strerror)
+            else:
+                if self.shutdown.is_set():
+                    return
+                _log.error("worker %d %s; starting another", row + 1, end)
+            first = False
+            if trio.current_time() - began >= SHORT_LIFE:
+                wait = FIRST_WAIT
+                continue
+            with trio.move_on_after(wait):
+                await self.shutdown.wait()
+            wait = min(2 * wait, LONGEST_WAIT)
+
+    async def _run(self, row: int) -> str:
+        """Run one worker until it ends, and return how it did."""
+        process = await self.start(row)
+        stdin = process.stdin
+        assert isinstance(stdin, trio.lowlevel.FdStream)  # noqa: S101 - for the type checker
+        self.inputs.add(stdin)
+        end = ""
         try:
-            status = await _run_worker(number, start, shutdown, patience, inputs)
-        except OSError as error:
-            if first:
-                raise
-            _log.error("worker %d cannot be started: %s; trying again", number, error.strerror)
-        else:
-            if shutdown.is_set():
-                return
-            _log.error("worker %d ended with status %d; starting another", number, status)
-        first = False
-        if trio.current_time() - began >= SHORT_LIFE:
-            wait = FIRST_WAIT
-            continue
-        with trio.move_on_after(wait):
-            await shutdown.wait()
-        wait = min(2 * wait, LONGEST_WAIT)
+            async with stdin, trio.open_nursery() as nursery:
 
+                async def stop() -> None:
+                    await self.shutdown.wait()
+                    await stdin.aclose()
+                    await trio.sleep(self.patience)
+                    _log.warning("worker %d has not stopped in time: killed", row + 1)
+                    process.kill()
 
-async def _run_worker(
-    number: int,
-    start: Callable[[], Awaitable[trio.Process]],
-    shutdown: trio.Event,
-    patience: float,
-    inputs: set[trio.lowlevel.FdStream],
-) -> int:
-    """Run one worker until it ends, and return its exit status (as `subprocess.Popen.returncode`)."""
-    process = await start()
-    stdin = process.stdin
-    assert isinstance(stdin, trio.lowlevel.FdStream)  # noqa: S101 - for the type checker
-    inputs.add(stdin)
-    try:
-        async with stdin, trio.open_nursery() as nursery:
+                async def watch(scoreboard: Scoreboard) -> None:
+                    nonlocal end
+                    end = await self._silence(scoreboard, row)
+                    process.kill()
 
-            async def stop() -> None:
-                await shutdown.wait()
-                await stdin.aclose()
-                await trio.sleep(patience)
-                _log.warning("worker %d has not stopped in time: killed", number)
-                process.kill()
-
-            nursery.start_soon(stop)
-            status = await process.wait()
-            nursery.cancel_scope.cancel()
-    finally:
-        inputs.discard(stdin)
-        if process.returncode is None:
-            process.kill()
-            with trio.CancelScope(shield=True):  # a killed process ends at once
+                nursery.start_soon(stop)
+                if self.scoreboard is not None:
+                    nursery.start_soon(watch, self.scoreboard)
                 await process.wait()
-    return status
+                nursery.cancel_scope.cancel()
+        finally:
+            self.inputs.discard(stdin)
+            if process.returncode is None:
+                process.kill()
+                with trio.CancelScope(shield=True):  # a killed process ends at once
+                    await process.wait()
+            if self.scoreboard is not None:
+                self.scoreboard.beats[row] = self.scoreboard.active[row] = 0
+        return end or f"ended with status {process.returncode}"
+
+    async def _silence(self, scoreboard: Scoreboard, row: int) -> str:
+        """Return when a worker has given no sign of life for too long, and say for how long. Never in a stop."""
+        # Looks are counted, and no deadline set: had all of these processes been frozen, it would be over as soon as
+        # they go on.
+        beats = looks = 0
+        while self.shutdown.is_set() or looks * BEAT_SECONDS < (HANG_SECONDS if beats else START_SECONDS):
+            await trio.sleep(BEAT_SECONDS)
+            looks = looks + 1 if scoreboard.beats[row] == beats else 0
+            beats = scoreboard.beats[row]
+        return f"has given no sign of life for {looks * BEAT_SECONDS:g} s: killed"
