@@ -13,6 +13,7 @@ from helpers import (
     Sticky,
     Stream,
     connected,
+    fill,
     receive_to_end,
     request_bytes,
     reset,
@@ -506,6 +507,34 @@ async def test_task_outside_of_the_block_receives(max_unsent: int | None) -> Non
                 connection.push(b"goodbye")
                 nursery.start_soon(client.send_eof)
             assert await receive_to_end(client) == b"goodbye"
+
+
+async def test_task_outside_of_the_block_is_about_to_wait() -> None:
+    """Wherever its receive is just then, the block ends in order."""
+
+    async def receive(connection: Connection) -> None:
+        with contextlib.suppress(trio.ClosedResourceError):
+            await connection.receive_some()
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(30):  # the order of tasks is random
+            client, theirs = trio.testing.memory_stream_pair()
+            await client.send_eof()
+            async with Connection(theirs) as connection:
+                nursery.start_soon(receive, connection)
+                await trio.lowlevel.checkpoint()
+
+
+async def test_task_outside_of_the_block_waits_for_room() -> None:
+    """The block ends when it has waited to its end."""
+    client, theirs = await socket_streams()
+    with trio.fail_after(LIMIT):
+        async with client, trio.open_nursery() as nursery, Connection(theirs) as connection:
+            filled = fill(theirs)
+            nursery.start_soon(connection.wait_send_all_might_not_block)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(client.send_eof)
+            nursery.start_soon(receive_exactly, client, filled)
 
 
 @pytest.mark.parametrize("closed", ["connection", "channel"])

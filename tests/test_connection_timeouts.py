@@ -15,6 +15,7 @@ from helpers import (
     Handler,
     Stream,
     connected,
+    fill,
     int32_bytes,
     receive_to_end,
     request_bytes,
@@ -448,6 +449,19 @@ async def test_takes_nothing_while_the_server_waits_for_room(autojump_clock: tri
     with pytest.raises(ClientError) as late:
         await connection.wait_send_all_might_not_block()
     assert (late.value.how, trio.current_time()) == ("late", 10)
+
+
+async def test_makes_no_room_on_a_socket() -> None:
+    """So it is on a socket, when nothing was pushed."""
+    client, theirs = await socket_streams()
+    connection = Connection(theirs, idle_timeout=0.05)
+    fill(theirs)
+    with trio.fail_after(LIMIT):
+        with pytest.raises(ClientError) as late:
+            await connection.wait_send_all_might_not_block()
+        assert late.value.how == "late"
+        await connection.aclose()
+        await client.aclose()
 
 
 @pytest.mark.parametrize("how", ["receive", "again"])
