@@ -39,10 +39,10 @@ async def echo_dialogue(stream: trio.abc.Stream, reply_timeout: float) -> None:
         await _write(b"Message from server: " + reply + (b"" if reply.endswith(b"\n") else b"\n"))
 
 
-async def echo_pipe(stream: trio.abc.Stream, reply_timeout: float) -> None:
+async def echo_pipe(stream: trio.abc.HalfCloseableStream, reply_timeout: float) -> None:
     """Send standard input to an echo server and write what comes back to standard output, both at once.
 
-    Done when the input has ended and as many bytes have come back; TLS has no half-close to end it otherwise.
+    Done when the input has ended and as many bytes have come back: before TLS 1.3, a server cannot see the first alone.
     ``reply_timeout`` bounds the time between two pieces of the echo, as long as some of it is due. Input and output may
     take any time.
 
@@ -63,8 +63,7 @@ async def echo_pipe(stream: trio.abc.Stream, reply_timeout: float) -> None:
                     sent += len(chunk)
                     await stream.send_all(chunk)
                 input_ended = True
-                if isinstance(stream, trio.abc.HalfCloseableStream):
-                    await stream.send_eof()
+                await stream.send_eof()
                 if received == sent:
                     nursery.cancel_scope.cancel()
 

@@ -195,7 +195,7 @@ async def _op_client(args: argparse.Namespace) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _connected(args: argparse.Namespace) -> AsyncIterator[trio.abc.Stream]:
+async def _connected(args: argparse.Namespace) -> AsyncIterator[trio.abc.HalfCloseableStream]:
     """Connect to the server, over TLS if that is asked for; what goes wrong in the block is a `CommandError`."""
     context = _client_context(args)
     server_name = args.host or HOST
@@ -209,7 +209,7 @@ async def _connected(args: argparse.Namespace) -> AsyncIterator[trio.abc.Stream]
         server_name = _UNIX_SERVER_NAME
     advice = f"if no server runs there, start one: python -m trioproto {args.protocol} {options}"
     in_time = f"within {args.timeout:g} s"
-    stream: trio.abc.Stream
+    stream: trio.abc.HalfCloseableStream
     try:
         with _within(args.timeout, f"cannot connect to {where}: no answer {in_time}; {advice}"):
             if args.unix is None:
