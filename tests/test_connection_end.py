@@ -537,6 +537,23 @@ async def test_task_outside_of_the_block_waits_for_room() -> None:
             nursery.start_soon(receive_exactly, client, filled)
 
 
+async def test_use_after_the_block() -> None:
+    """Everything but a push says that the connection is closed."""
+    client, theirs = trio.testing.memory_stream_pair()
+    await client.send_eof()
+    async with Connection(theirs) as connection:
+        pass
+    connection.push(b"ignored")
+    for use in (
+        connection.receive_some,
+        partial(connection.send_all, b"x"),
+        connection.send_eof,
+        connection.wait_send_all_might_not_block,
+    ):
+        with pytest.raises(trio.ClosedResourceError):
+            await use()
+
+
 @pytest.mark.parametrize("closed", ["connection", "channel"])
 async def test_closed_resource_of_another(closed: str) -> None:
     """Only that this connection is closed ends its block quietly; that something else is closed is a bug."""

@@ -403,6 +403,23 @@ async def test_large_echo() -> None:
         shutdown.set()
 
 
+async def test_proxy_in_front_of_plain_tcp() -> None:
+    """A relay ends its target's side over TLS, too: the client learns of it, and may go on sending."""
+    upstream, ours = await socket_streams()
+    async with shaken(client_tls) as (client, server), Connection(server) as front, Connection(ours) as back:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(front.relay, back)
+            nursery.start_soon(back.relay, front)
+            await upstream.send_all(b"greeting")
+            await upstream.send_eof()
+            assert await receive_to_end(client) == b"greeting"
+            await client.send_all(b"thanks")
+            assert await receive_exactly(upstream, 6) == b"thanks"
+            await client.aclose()
+            assert await upstream.receive_some() == b""
+        await upstream.aclose()
+
+
 async def test_two_at_once() -> None:
     """Two tasks that receive, or send, at once: one gets an error."""
     async with shaken(client_tls) as (_client, server), trio.open_nursery() as nursery:

@@ -9,9 +9,21 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 import trio
 import trio.testing
-from helpers import LIMIT, Sticky, arrival, client_tls, fill, receive_to_end, reset, server_tls, socket_streams
+from helpers import (
+    LIMIT,
+    Sticky,
+    arrival,
+    client_tls,
+    fill,
+    receive_to_end,
+    reset,
+    server_tls,
+    socket_streams,
+    tls_contexts,
+)
 
 from trioproto import receive_exactly
+from trioproto.tls import TLSStream
 from trioproto.transport import (
     CLOSE_SECONDS,
     LINGER_SECONDS,
@@ -40,6 +52,8 @@ def test_which_way(monkeypatch: pytest.MonkeyPatch) -> None:
     with ours, theirs:
         assert type(transport_for(stream)) is SocketTransport
         assert type(transport_for(server_tls(stream))) is StreamTransport
+        own_tls = TLSStream(stream, tls_contexts()[1], server_side=True)
+        assert transport_for(own_tls) is own_tls
         assert type(transport_for(trio.testing.memory_stream_pair()[0])) is StreamTransport
         with monkeypatch.context() as elsewhere:
             elsewhere.setattr(os, "name", "nt")

@@ -125,7 +125,6 @@ class Connection(trio.abc.HalfCloseableStream):
             handshake may take.
         max_unsent: for pushing from any task: how many pushed bytes, 0 or more, may wait for the client before it is
             let go. It should be more than the largest message. None: only the handler pushes, between its waits.
-
     """
 
     __slots__ = (
@@ -693,12 +692,8 @@ class Connection(trio.abc.HalfCloseableStream):
             await self._deliver_alone()
             self._sending = True
             try:
-                with trio.fail_after(self._idle_timeout):
+                with self._in_time_for_room():
                     await self._transport.wait_for_room()
-            except trio.TooSlowError:
-                raise self._too_late(_ROOM) from None
-            except _FAILURES as error:
-                raise self._failure(_ROOM, error) from error
             finally:
                 self._sending = False
                 self._wake_others()
@@ -732,10 +727,10 @@ class Connection(trio.abc.HalfCloseableStream):
     def push(self, data: bytes | bytearray | memoryview) -> None:
         """Have ``data`` sent, without waiting: after what was pushed before, and together with it.
 
-        Without ``max_unsent``, this is for the handler itself: its connection sends it at the latest before it waits
-        for anything. With ``max_unsent``, any task may push, and it is sent at once, whatever the handler waits for. If
-        then more than ``max_unsent`` bytes are left that the system has not taken, the client is let go, and the block
-        ends.
+        Without ``max_unsent``, this is for the handler itself: it is sent at the latest when the handler next awaits a
+        method of this connection that has to wait, and not while it awaits anything else. With ``max_unsent``, any task
+        may push, and it is sent at once, whatever the handler waits for. If then more than ``max_unsent`` bytes are
+        left that the system has not taken, the client is let go, and the block ends.
 
         After the block, or after `send_eof` or `aclose`, nothing happens.
 
@@ -798,9 +793,9 @@ class Connection(trio.abc.HalfCloseableStream):
 
     @contextlib.contextmanager
     def _sole_sender(self) -> Iterator[None]:
+        self._check_open()
         if self._send_all_busy:
             raise trio.BusyResourceError("another task is sending to this connection")
-        self._check_open()
         if self._eof_sent:
             raise trio.ClosedResourceError("this side of the connection was ended")
         self._send_all_busy = True
@@ -874,19 +869,25 @@ class Connection(trio.abc.HalfCloseableStream):
         self._sending = True
         try:
             while self._rest:
-                with trio.fail_after(self._idle_timeout):
+                with self._in_time_for_room():
                     sent = await self._transport.send_some(self._rest)
                 self._rest = self._rest[sent:]
                 self._taken += sent
                 self._client_is_there()
             self._rest = _NOTHING  # an empty view would hold on to the caller's
+        finally:
+            self._sending = False
+            self._wake_others()
+
+    @contextlib.contextmanager
+    def _in_time_for_room(self) -> Iterator[None]:
+        try:
+            with trio.fail_after(self._idle_timeout):
+                yield
         except trio.TooSlowError:
             raise self._too_late(_ROOM) from None
         except _FAILURES as error:
             raise self._failure(_ROOM, error) from error
-        finally:
-            self._sending = False
-            self._wake_others()
 
     def _client_is_there(self) -> None:
         """Give a client that takes what it is sent the idle time-out anew."""
@@ -953,15 +954,10 @@ class Connection(trio.abc.HalfCloseableStream):
             return 0
 
     async def _splice_from(self, pipe: Pipe, target: SocketTransport) -> int:
-        try:
+        with self._in_time_for_room():
             sent = target.splice_from(pipe)
             if not sent:
-                with trio.fail_after(self._idle_timeout):
-                    await target.wait_for_room()
-        except trio.TooSlowError:
-            raise self._too_late(_ROOM) from None
-        except _FAILURES as error:
-            raise self._failure(_ROOM, error) from error
+                await target.wait_for_room()
         self._client_is_there()
         return sent
 

@@ -2,7 +2,7 @@
 
 `transport_for` picks the way. The plain one is any stream's own ``send_all`` and ``receive_some``. The fast one is for
 sockets: what the kernel takes or has at once moves with a direct call, and only what has to wait goes through Trio's
-waiting; bulk is moved inside the kernel (splice(2)).
+waiting; bulk is moved inside the kernel (splice(2)). `trioproto.tls` has such a way for TLS.
 
 Time-outs are the caller's: it puts a cancel scope around whatever may have to wait.
 """
@@ -13,7 +13,7 @@ import os
 import socket
 import struct
 from collections.abc import Awaitable
-from typing import Protocol, cast
+from typing import Protocol, runtime_checkable
 
 import trio
 
@@ -36,6 +36,7 @@ PIPE_SIZE = 2**18
 _REFUSED = {errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP}
 
 
+@runtime_checkable
 class Transport(Protocol):
     """What `transport_for` returns.
 
@@ -88,8 +89,8 @@ def transport_for(stream: trio.abc.Stream) -> Transport:
     """Return the fastest transport that there is for ``stream``."""
     if isinstance(stream, trio.SocketStream) and os.name == "posix":
         return SocketTransport(stream)
-    if hasattr(stream, "receive_nowait"):  # it is a transport itself, as `trioproto.tls.TLSStream` is
-        return cast("Transport", stream)
+    if isinstance(stream, Transport):  # as `trioproto.tls.TLSStream` is
+        return stream
     return StreamTransport(stream)
 
 

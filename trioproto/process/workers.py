@@ -29,8 +29,6 @@ LONGEST_WAIT = 30.0
 # What a worker may take to stop beyond its grace period, before it is taken to hang.
 STOP_SECONDS = 10.0
 
-_SUPERVISORS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
 # After so many seconds without a sign of life, a worker is taken to hang; one that starts has to import everything.
 HANG_SECONDS = 10.0
 START_SECONDS = 60.0
@@ -216,7 +214,9 @@ async def supervise_workers(
             # Who signals all of a service's processes, as systemd does, might reach a worker before it can receive
             # signals, or so early that nobody is left to serve the queue once the supervisor stops, too. It alone
             # decides on that.
-            preexec_fn=functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, _SUPERVISORS_SIGNALS),
+            preexec_fn=functools.partial(
+                signal.pthread_sigmask, signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            ),
         )
 
     supervision = _Supervision(start, shutdown, patience, set() if inputs is None else inputs, scoreboard)
