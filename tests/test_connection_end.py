@@ -483,10 +483,11 @@ async def test_bug_under_cancellation(max_unsent: int | None) -> None:
 
     async def handler(stream: Stream) -> None:
         async with Connection(stream, max_unsent=max_unsent):
+            await trio.testing.wait_all_tasks_blocked()
             scope.cancel()
             raise ValueError("bug")
 
-    with trio.CancelScope() as scope, pytest.raises(ValueError, match="bug"):
+    with pytest.raises(ValueError, match="bug"), trio.CancelScope() as scope:
         await handler(trio.testing.memory_stream_pair()[0])
 
 

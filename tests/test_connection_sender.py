@@ -60,3 +60,42 @@ async def test_listening_is_no_idleness(nursery: trio.Nursery) -> None:
             async for _ in client:
                 pass
     assert trio.current_time() - began > 1.5
+
+
+@pytest.mark.parametrize("what", ["send_all", "wait_send_all_might_not_block", "send_eof", "end"])
+async def test_publisher_that_never_pauses(what: str, autojump_clock: trio.testing.MockClock) -> None:
+    """To a client that is slower than what is pushed, a message and the end still come in their turn."""
+    network = Network(latency=0.001, buffer_size=100)
+    listener = network.listen("server", 1)
+    client = await network.connect("server", 1)
+    connection = Connection(await listener.accept(), max_unsent=100_000)
+    received = b""
+
+    async def publish() -> None:
+        while True:
+            if connection.unsent < 10_000:
+                connection.push(bytes(60))
+            await trio.sleep(0.001)
+
+    async def receive_slowly() -> None:
+        nonlocal received
+        while chunk := await client.receive_some(50):
+            received += chunk
+            await trio.sleep(0.001)
+        await client.aclose()
+
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive_slowly)
+            async with connection:
+                nursery.start_soon(publish)
+                await trio.sleep(0.3)
+                if what == "send_all":
+                    await connection.send_all(b"message")
+                elif what == "wait_send_all_might_not_block":
+                    await connection.wait_send_all_might_not_block()
+                elif what == "send_eof":
+                    await connection.send_eof()
+                    assert connection.unsent == 0
+            nursery.cancel_scope.cancel()
+    assert (b"message" in received) == (what == "send_all")

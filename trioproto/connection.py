@@ -533,7 +533,6 @@ class Connection(trio.abc.HalfCloseableStream):
             await self._deliver()
         if not self._buffer.size:
             self._taken_up = 0
-            self._due = None  # of a request that was given up, and whose bytes were received in another way
             data = await self._receive()
             if not data:
                 raise StopAsyncIteration
