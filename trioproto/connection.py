@@ -264,20 +264,21 @@ class Connection(trio.abc.HalfCloseableStream):
         finally:
             self._drain.remove_callback(self._stop)
             self._drop()
-            try:
-                await self._transport.aclose()
-            finally:
-                if self._sender is not None:
-                    await self._end_sender(self._sender, rest)
+            await self._close_all(rest)
         if rest is None:
             return True
         if rest is error:
             return False
         raise rest from None
 
-    async def _end_sender(self, sender: contextlib.AsyncExitStack, rest: BaseException | None) -> None:
+    async def _close_all(self, rest: BaseException | None) -> None:
+        """Close the stream, and end the task that sends; ``rest`` is what goes on out of the block."""
         try:
-            await sender.aclose()
+            try:
+                await self._transport.aclose()
+            finally:
+                if self._sender is not None:
+                    await self._sender.aclose()
         except BaseException as error:
             # A cancellation comes again at the next checkpoint; it must not replace a bug that goes on.
             if rest is None or BaseExceptionGroup("", [error]).split(trio.Cancelled)[1] is not None:
