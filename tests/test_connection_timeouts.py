@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import re
 from collections.abc import Awaitable, Callable
@@ -247,6 +248,18 @@ async def test_no_timeouts(autojump_clock: trio.testing.MockClock) -> None:
             await trio.sleep(interval)
         await client.send_eof()
         assert await client.receive_some() == b""
+
+
+@pytest.mark.parametrize("seconds", [0, -1, math.nan])
+def test_timeouts_out_of_their_range(seconds: float) -> None:
+    """A time-out of 0, as if there were none, is a mistake that is said at once."""
+    stream, _peer = trio.testing.memory_stream_pair()
+    with pytest.raises(ValueError, match=f"above 0 seconds, not {seconds} and inf"):
+        Connection(stream, idle_timeout=seconds)
+    with pytest.raises(ValueError, match=f"above 0 seconds, not inf and {seconds}"):
+        Connection(stream, request_timeout=seconds)
+    with pytest.raises(ValueError, match="at least 0 bytes, not -1"):
+        Connection(stream, max_unsent=-1)
 
 
 Receive = Callable[[Connection], Awaitable[bytes]]

@@ -125,6 +125,9 @@ class Connection(trio.abc.HalfCloseableStream):
             handshake may take.
         max_unsent: for pushing from any task: how many pushed bytes, 0 or more, may wait for the client before it is
             let go. It should be more than the largest message. None: only the handler pushes, between its waits.
+
+    Raises:
+        ValueError: on creation, for an argument out of its range.
     """
 
     __slots__ = (
@@ -170,6 +173,10 @@ class Connection(trio.abc.HalfCloseableStream):
         request_timeout: float = math.inf,
         max_unsent: int | None = None,
     ) -> None:
+        if not (idle_timeout > 0 and request_timeout > 0):
+            raise ValueError(f"time-outs must be above 0 seconds, not {idle_timeout} and {request_timeout}")
+        if max_unsent is not None and max_unsent < 0:
+            raise ValueError(f"max_unsent must be at least 0 bytes, not {max_unsent}")
         self._transport = transport_for(stream)
         self._accepted = accepted_as(stream)
         self._drain = self._accepted.drain
@@ -240,7 +247,7 @@ class Connection(trio.abc.HalfCloseableStream):
                 self._scope.cancel()
         return self
 
-    async def __aexit__(  # type: ignore[override]  # noqa: C901 - Trio's streams end no block on an error
+    async def __aexit__(  # type: ignore[override]
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         rest = error
@@ -672,10 +679,13 @@ class Connection(trio.abc.HalfCloseableStream):
         On cancellation, nothing or part of it was sent. On a socket, what is left of it then is sent before anything
         else; other streams send nothing more. A checkpoint.
         """
-        with self._sole_sender():
+        self._begin_sending()
+        try:
             await trio.lowlevel.checkpoint()
             await self._deliver_alone()
             await self._send(data)
+        finally:
+            self._end_sending()
 
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until `send_all` might not have to wait.
@@ -687,7 +697,8 @@ class Connection(trio.abc.HalfCloseableStream):
 
         A checkpoint.
         """
-        with self._sole_sender():
+        self._begin_sending()
+        try:
             await trio.lowlevel.checkpoint()
             await self._deliver_alone()
             self._sending = True
@@ -696,7 +707,8 @@ class Connection(trio.abc.HalfCloseableStream):
                     await self._transport.wait_for_room()
             finally:
                 self._sending = False
-                self._wake_others()
+        finally:
+            self._end_sending()
 
     async def send_eof(self) -> None:
         """End this side, after what was pushed; the client may still send.
@@ -714,7 +726,8 @@ class Connection(trio.abc.HalfCloseableStream):
             self._check_open()
             await trio.lowlevel.checkpoint()
             return
-        with self._sole_sender():
+        self._begin_sending()
+        try:
             await trio.lowlevel.checkpoint()
             await self._deliver_alone()
             self._eof_sent = True
@@ -723,6 +736,8 @@ class Connection(trio.abc.HalfCloseableStream):
                 await self._transport.send_eof()
             except _FAILURES as error:
                 raise self._failure(_ROOM, error) from error
+        finally:
+            self._end_sending()
 
     def push(self, data: bytes | bytearray | memoryview) -> None:
         """Have ``data`` sent, without waiting: after what was pushed before, and together with it.
@@ -778,11 +793,14 @@ class Connection(trio.abc.HalfCloseableStream):
         out = target if isinstance(target, Connection) else Connection(target, idle_timeout=self._idle_timeout)
         try:
             while chunk := await self.receive_some():
-                with out._sole_sender():  # noqa: SLF001 - this class's
+                out._begin_sending()  # noqa: SLF001 - this class's
+                try:
                     await out._deliver_alone()  # noqa: SLF001
                     await out._send(chunk)  # noqa: SLF001
                     if len(chunk) == RECEIVE_SIZE:  # more than one receive takes: let the kernel move the rest
                         await self._splice(out)
+                finally:
+                    out._end_sending()  # noqa: SLF001
             await out.send_eof()
         except BaseException:
             if out is not self:  # what it was sent is not all that there was
@@ -791,19 +809,20 @@ class Connection(trio.abc.HalfCloseableStream):
                 await close_as_broken(target)
             raise
 
-    @contextlib.contextmanager
-    def _sole_sender(self) -> Iterator[None]:
+    # Not a context manager, because every message to and fro would feel it.
+
+    def _begin_sending(self) -> None:
+        """Be the only task that sends, until `_end_sending`."""
         self._check_open()
         if self._send_all_busy:
             raise trio.BusyResourceError("another task is sending to this connection")
         if self._eof_sent:
             raise trio.ClosedResourceError("this side of the connection was ended")
         self._send_all_busy = True
-        try:
-            yield
-        finally:
-            self._send_all_busy = False
-            self._wake_others()
+
+    def _end_sending(self) -> None:
+        self._send_all_busy = False
+        self._wake_others()
 
     async def _deliver(self) -> None:
         """Wait until everything that is owed is sent. No checkpoint, if the system takes all of it at once."""
