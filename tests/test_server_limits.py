@@ -13,7 +13,7 @@ import trio.testing
 from helpers import MemoryListener
 
 from trioproto import ServerStats, echo_handler, echo_request, serve_listeners, serve_tcp
-from trioproto.server import ACCEPT_BATCH, CAPACITY_WAIT, LOST_IN_A_ROW
+from trioproto.server import ACCEPT_BATCH, CAPACITY_WAIT, GIVE_WAY_PAUSES, LOST_IN_A_ROW
 
 Stream = trio.abc.HalfCloseableStream
 
@@ -175,6 +175,12 @@ async def test_impossible_limit(limit: int, autojump_clock: trio.testing.MockClo
 # Accepting.
 
 
+async def greet(stream: trio.SocketStream) -> None:
+    """Send a word, and wait for ever."""
+    await stream.send_all(b"hello")
+    await trio.sleep_forever()
+
+
 async def test_burst(nursery: trio.Nursery) -> None:
     """Connections that were queued before the server began are all served, more than one wake-up takes."""
     [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
@@ -188,6 +194,24 @@ async def test_burst(nursery: trio.Nursery) -> None:
             client.sendall(b"%d" % number)
         for number, client in enumerate(clients):
             assert await trio.to_thread.run_sync(client.recv, 10) == b"%d" % number
+
+
+async def test_burst_with_others_who_share_the_socket(nursery: trio.Nursery) -> None:
+    """Before each connection the server asks whether others come first. If they take none in time, it takes some."""
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    asked: list[int] = []
+
+    def give_way(active: int) -> bool:
+        asked.append(active)
+        return active >= 2
+
+    with trio.fail_after(LIMIT), contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(listener.socket.getsockname())) for _ in range(7)]
+        await nursery.start(partial(serve_listeners, greet, [listener], give_way=give_way))
+        for client in clients:
+            assert await trio.to_thread.run_sync(client.recv, 10) == b"hello"
+    # Two at once, then four that nobody has taken, and again what is left.
+    assert asked == [0, 1, 2, *[2] * len(GIVE_WAY_PAUSES), 6, *[6] * len(GIVE_WAY_PAUSES)]
 
 
 async def test_default_timeout(nursery: trio.Nursery) -> None:

@@ -56,6 +56,12 @@ CAPACITY_WAIT = 0.1
 # How many connections one wake-up accepts before the others get their turn.
 ACCEPT_BATCH = 128
 
+# A process that has more connections than others leaves a new one to them. They mostly take it within a few turns of
+# the scheduler, or within some milliseconds where they have to wait for a core. If nobody does, they are busy, or hang:
+# then it accepts so many itself before it asks again.
+GIVE_WAY_PAUSES = [0.0] * 20 + [0.001] * 4
+GIVE_WAY_BATCH = 4
+
 # So many such connections in a row are no accident, but something that refuses all of them, such as a sandbox. Then the
 # acceptor waits like one that is short of descriptors.
 LOST_IN_A_ROW = 100
@@ -94,6 +100,7 @@ async def serve_listeners(
     max_connections: int | None = None,
     shutdown: trio.Event | None = None,
     grace_period: float = math.inf,
+    give_way: Callable[[int], bool] | None = None,
     task_status: trio.TaskStatus[list[ListenerT]] = trio.TASK_STATUS_IGNORED,
 ) -> ServerStats:
     """Accept connections from ``listeners``, and run ``handler(stream)`` in a task of its own for each.
@@ -117,6 +124,9 @@ async def serve_listeners(
             closes at the same time, because its socket has another server to serve its queue, is left alone. Handlers
             with a `trioproto.Connection` finish the requests that are under way and end; other handlers are waited for.
         grace_period: seconds, 0 or more, from ``shutdown`` until the connections that are left are cancelled.
+        give_way: for processes that share listening sockets: called with the number of open connections before each is
+            accepted. While it returns True, because others have fewer, they are given some milliseconds to accept it
+            first. None: whoever is first accepts.
         task_status: for `trio.Nursery.start`, which returns ``listeners``.
 
     Returns:
@@ -144,7 +154,7 @@ async def serve_listeners(
             accepting.append(scope)
             # One loop ticks, so that the ticks come once however many listeners there are.
             interval = tick if tick is not None and number == 0 else math.inf
-            nursery.start_soon(_Acceptor(listener, connections, shutdown).run, interval, on_tick, scope)
+            nursery.start_soon(_Acceptor(listener, connections, shutdown, give_way).run, interval, on_tick, scope)
         task_status.started(listeners)
         if shutdown is not None:
             await shutdown.wait()
@@ -236,16 +246,16 @@ class _Connections:
         self._drain = drain
         self._began = trio.current_time()
         self._accepted = 0
-        self._active = 0
+        self.active = 0
         self._crashed = 0
         self._waiting_for_room = trio.lowlevel.ParkingLot()
 
     def stats(self) -> ServerStats:
         uptime = trio.current_time() - self._began
-        return ServerStats(self._accepted, self._active, self._crashed, uptime)
+        return ServerStats(self._accepted, self.active, self._crashed, uptime)
 
     def has_room(self) -> bool:
-        return self._active < self._max
+        return self.active < self._max
 
     async def room(self) -> None:
         """Wait until another connection may be started."""
@@ -254,7 +264,7 @@ class _Connections:
 
     def start(self, stream: trio.abc.Stream, address: object, server: str) -> None:
         self._accepted += 1
-        self._active += 1
+        self.active += 1
         accepted = Accepted(stream, address, server, self._drain, trio.current_time())
         self._nursery.start_soon(self._run, accepted, self._accepted)
 
@@ -276,7 +286,7 @@ class _Connections:
             if rest is not None:
                 raise rest from None
         finally:
-            self._active -= 1
+            self.active -= 1
             if self._waiting_for_room:
                 self._waiting_for_room.unpark_all()
             if verbose:
@@ -295,11 +305,16 @@ class _Acceptor:
     """Accepts from one listener."""
 
     def __init__(
-        self, listener: trio.abc.Listener[Any], connections: _Connections, shutdown: trio.Event | None
+        self,
+        listener: trio.abc.Listener[Any],
+        connections: _Connections,
+        shutdown: trio.Event | None,
+        give_way: Callable[[int], bool] | None,
     ) -> None:
         self._listener = listener
         self._connections = connections
         self._shutdown = shutdown
+        self._give_way = give_way
         self._server = _listener_name(listener)
         self._short = False  # of descriptors or memory
         self._lost = 0  # connections in a row that were gone, or refused, before they were accepted
@@ -325,17 +340,19 @@ class _Acceptor:
     async def _accept(self, listening: socket.socket | None, *, forever: bool) -> None:
         """Accept and start connections: for ever, or as long as some are queued."""
         empty = False
+        sure = ACCEPT_BATCH
         while forever or not empty:
             await self._connections.room()
             try:
                 if listening is not None and isinstance(self._listener, trio.SocketListener):
                     if forever and self._listener.socket.fileno() != -1:
                         await trio.lowlevel.wait_readable(self._listener.socket)
+                        sure = await self._let_others_accept()
                     else:
                         await trio.lowlevel.checkpoint()
                     if self._listener.socket.fileno() == -1:  # and ``listening`` may be another's by now
                         raise trio.ClosedResourceError("this listener was closed")
-                    empty = self._start_queued(listening)
+                    empty = self._start_queued(listening, sure)
                 else:
                     # Two listeners that are no sockets may both wait here for the last place: one is served too many.
                     with trio.move_on_after(math.inf if forever else LAST_LOOK) as look:
@@ -350,6 +367,24 @@ class _Acceptor:
                     _log.info("%s: accepting again", self._server)
                 self._short = False
 
+    async def _let_others_accept(self) -> int:
+        """Leave what is queued to processes with fewer connections, for a moment.
+
+        Returns:
+            How many may be accepted before they are given way again.
+
+        The kernel does not share connections out: epoll wakes all that wait for a listening socket, the first to ask is
+        given the connection, and that is mostly the same one. With a queue for each process (SO_REUSEPORT), a hash of
+        the addresses would share them, whatever each process has, and the queue of one that ends would be lost.
+        """
+        if self._give_way is None:
+            return ACCEPT_BATCH
+        for pause in GIVE_WAY_PAUSES:
+            if not self._give_way(self._connections.active):
+                return 1
+            await trio.sleep(pause)
+        return GIVE_WAY_BATCH
+
     @contextlib.contextmanager
     def _ignore_closing_in_a_stop(self) -> Iterator[None]:
         try:
@@ -358,8 +393,12 @@ class _Acceptor:
             if self._shutdown is None or not self._shutdown.is_set():
                 raise
 
-    def _start_queued(self, listening: socket.socket) -> bool:
+    def _start_queued(self, listening: socket.socket, sure: int) -> bool:
         """Start the connections that are queued, as far as there is room: a burst in one wake-up.
+
+        Args:
+            listening: the socket.
+            sure: how many are started, whether or not other processes have fewer connections.
 
         Returns:
             Whether the queue is empty now.
@@ -368,8 +407,10 @@ class _Acceptor:
             OSError: what accept(2) reports.
         """
         try:
-            for _ in range(ACCEPT_BATCH):
+            for number in range(ACCEPT_BATCH):
                 if not self._connections.has_room():
+                    break
+                if number >= sure and self._give_way is not None and self._give_way(self._connections.active):
                     break
                 accepted, address = listening.accept()
                 stream = trio.SocketStream(trio.socket.from_stdlib_socket(accepted))

@@ -72,3 +72,14 @@ def own_row() -> tuple[Scoreboard, int] | None:
         return open_scoreboard(fd), row
     finally:
         os.close(fd)
+
+
+def others_have_fewer(scoreboard: Scoreboard, row: int, active: int) -> bool:
+    """Return whether another worker that serves has fewer connections than this one, and note how many it has.
+
+    A sixteenth more is as many, so that with thousands of connections few are waited for.
+    """
+    scoreboard.active[row] = active
+    others = [scoreboard.active[other] for other, beats in enumerate(scoreboard.beats) if beats and other != row]
+    fewest = min(others, default=active)
+    return active > fewest + fewest // 16

@@ -21,7 +21,7 @@ from trioproto.addresses import format_address
 from trioproto.process.heartbeat import add_heartbeat
 from trioproto.process.listeners import close_listeners, ending_fds, open_listeners
 from trioproto.process.notices import notice_interval, notify, notify_alive
-from trioproto.process.scoreboard import own_row
+from trioproto.process.scoreboard import Scoreboard, others_have_fewer, own_row
 from trioproto.server import OnTick, ServerStats, check_settings, serve_listeners
 from trioproto.tls import TLSStream
 
@@ -117,7 +117,8 @@ async def serve_until_signal(
     """
     check_settings(tick, on_tick, max_connections, grace_period)  # before anything is open
     outliving = set(fds).difference(ending_fds())
-    interval, beat = _heartbeat()
+    inherited = own_row()
+    interval, beat = _heartbeat(inherited)
     tick, on_tick = add_heartbeat(tick, on_tick, interval, beat)
 
     async def serve(listeners: list[trio.SocketListener], shutdown: trio.Event) -> ServerStats:
@@ -131,6 +132,7 @@ async def serve_until_signal(
             max_connections=max_connections,
             shutdown=shutdown,
             grace_period=grace_period,
+            give_way=None if inherited is None else functools.partial(others_have_fewer, *inherited),
         )
 
     listening = open_listeners(port, host=host, unix=unix, fds=fds)
@@ -139,9 +141,8 @@ async def serve_until_signal(
     )
 
 
-def _heartbeat() -> tuple[float, Callable[[ServerStats], object]]:
+def _heartbeat(inherited: tuple[Scoreboard, int] | None) -> tuple[float, Callable[[ServerStats], object]]:
     """Return how often this process has to give a sign of life, and how: to its supervisor, or else to systemd."""
-    inherited = own_row()
     if inherited is None:
         return notice_interval(), lambda stats: notify_alive(stats.accepted, stats.active)
     scoreboard, row = inherited
