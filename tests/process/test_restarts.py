@@ -141,6 +141,23 @@ async def test_stop_serves_those_who_have_just_connected() -> None:
             await stream.aclose()
 
 
+@WORKERS
+async def test_stop_serves_those_who_are_far_away(workers: str) -> None:
+    """A client whose handshake has begun, and whose last packet of it arrives 0.2 s later, is served in a stop."""
+    async with serving("op", workers) as server:
+        await server.answers_anew()
+        host, _, port = server.address.rpartition(":")
+        connecting = trio.socket.socket()
+        # The client's kernel keeps back the last packet of the handshake: for this long, if nothing is sent before.
+        connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+        await connecting.connect((host, int(port)))
+        server.stop()
+        await trio.sleep(0.19)
+        async with trio.SocketStream(connecting) as client:
+            await client.send_all(QUESTION)
+            assert await receive_all(client) == ANSWER
+
+
 async def test_stop_serves_the_accept_queue() -> None:
     """Those who wait for a place when the stop begins are served when it does."""
     async with serving("op", "--max-connections=2") as server, contextlib.AsyncExitStack() as stack:

@@ -33,9 +33,9 @@ HOST = "127.0.0.1"
 MAX_CONNECTIONS = 1000
 GRACE_PERIOD = 10.0
 
-# From when no new connections can begin until the accept queues are emptied: time for handshakes that had begun, whose
-# last packet is as far away as the client: 0.2 s for most of the world.
-HANDSHAKE_SECONDS = 0.25
+# From when no new connections can begin until the accept queues are emptied: time for the last packet of TCP handshakes
+# that had begun. It takes a round trip, which is less than this from one end of the world to the other.
+HANDSHAKE_SECONDS = 0.35
 
 # Signals that come within so many seconds of the first are part of it. What stops a server may well send several: a
 # terminal, or systemd, signals all of a service's processes, and a wrapper among them passes on what it gets.
