@@ -255,6 +255,7 @@ def test_help(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
         ("echo-client --tls --tls-ca= hello", "argument --tls-ca: must not be empty"),
         ("op-client --unix socket --port 1 1 +", "either to --unix or to --host and --port"),
         ("echo-client --host ::1 --unix socket", "either to --unix or to --host and --port"),
+        ("op --fd 5 --fd 2 --workers 3", "--fd must be at least 3 with --workers"),
         ("echo-client --stdin hello", "not allowed with argument"),
         ("op-client +", "0 operands: a request has 1 to 255"),
         ("op-client " + "1 " * 256 + "+", "256 operands: a request has 1 to 255"),

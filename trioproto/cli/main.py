@@ -397,11 +397,13 @@ def _command(
     return command
 
 
-def _check_options(parser: argparse.ArgumentParser, options: dict[str, object]) -> None:
+def _check_options(parser: argparse.ArgumentParser, options: dict[str, Any]) -> None:
     """An option that would be without effect is a mistake: without ``--tls``, a client would ask in plain."""
     is_client = "timeout" in options
     if is_client and options["unix"] is not None and (options["host"], options["port"]) != (None, None):
         parser.error("a client connects either to --unix or to --host and --port")
+    if options.get("workers", 1) != 1 and set(range(3)).intersection(options.get("fd", ())):
+        parser.error("--fd must be at least 3 with --workers: a worker has standard streams of its own")
     switch = "tls" if "tls" in options else "tls_cert"
     for name in ("tls_ca", "tls_cert", "tls_key", "tls_client_ca"):
         if options.get(name) and not options.get(switch):

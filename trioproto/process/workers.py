@@ -182,7 +182,7 @@ async def supervise_workers(
             ends. That is a pipe, which this process closes to stop it, and the kernel when this process dies, however
             that comes about. SIGTERM, SIGINT and SIGHUP are blocked in it, and do nothing.
         count: how many, 1 or more.
-        listening_fds: descriptors of listening sockets, which the workers inherit under the same numbers.
+        listening_fds: descriptors of listening sockets, 3 or more, which the workers inherit under the same numbers.
         ending_fds: those of them whose sockets have no server after these: the workers have to serve in a stop who
             waits in their queues, and are told so (`trioproto.process.listeners.ending_fds`).
         shutdown: set to stop.
