@@ -20,6 +20,8 @@ import trio
 
 from trioproto.addresses import format_address, peer_address
 from trioproto.draining import Accepted, Drain, announce
+from trioproto.limits import ClientLimit
+from trioproto.transport import close_as_broken
 
 _log = logging.getLogger(__name__)
 
@@ -83,12 +85,14 @@ class ServerStats:
         active: connections open now.
         crashed: connections whose handler raised an exception.
         uptime: seconds since the server began, on Trio's clock.
+        refused: how many of ``accepted`` were ended at once, because their client had too many.
     """
 
     accepted: int
     active: int
     crashed: int
     uptime: float
+    refused: int = 0
 
 
 async def serve_listeners(
@@ -98,6 +102,7 @@ async def serve_listeners(
     tick: float | None = None,
     on_tick: OnTick | None = None,
     max_connections: int | None = None,
+    max_connections_per_client: int | None = None,
     shutdown: trio.Event | None = None,
     grace_period: float = math.inf,
     give_way: Callable[[int], bool] | None = None,
@@ -119,6 +124,10 @@ async def serve_listeners(
             connections wait in the kernel's queue. An exception that it raises ends the server.
         max_connections: how many connections are served at once, 1 or more; the kernel's queue holds the rest, and
             none is refused. None: as many as come.
+        max_connections_per_client: how many connections one client may have at once, 1 or more. A client is an IPv4
+            address, or an IPv6 network of 64 bits; those that have neither, as on UNIX sockets, are not limited. What
+            is more is reset at once, takes no place of ``max_connections``, and counts as `ServerStats.refused`; the
+            first of them is logged, and again after the client has had fewer. None: as many as come.
         shutdown: stops the server once it is set. Connections that wait in the kernel's queue are still served, as
             far as they can be accepted within `EMPTYING_SECONDS`, and the listeners closed. A listener that its owner
             closes at the same time, because its socket has another server to serve its queue, is left alone. Handlers
@@ -142,12 +151,14 @@ async def serve_listeners(
     On cancellation, every connection is cancelled and every listener closed. ``shutdown`` cancels an ``on_tick`` that
     is running.
     """
-    check_settings(tick, on_tick, max_connections, grace_period)
+    check_settings(tick, on_tick, max_connections, max_connections_per_client, grace_period)
     if not listeners:
         raise ValueError("listeners must not be empty")
     drain = Drain()
     async with trio.open_nursery() as nursery:
-        connections = _Connections(handler, nursery, math.inf if max_connections is None else max_connections, drain)
+        most = math.inf if max_connections is None else max_connections
+        limit = None if max_connections_per_client is None else ClientLimit(max_connections_per_client)
+        connections = _Connections(handler, nursery, most, limit, drain)
         accepting = []
         for number, listener in enumerate(listeners):
             scope = trio.CancelScope()
@@ -176,6 +187,7 @@ async def serve_tcp(
     tick: float | None = None,
     on_tick: OnTick | None = None,
     max_connections: int | None = None,
+    max_connections_per_client: int | None = None,
     shutdown: trio.Event | None = None,
     grace_period: float = math.inf,
     task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
@@ -190,6 +202,7 @@ async def serve_tcp(
         tick: as for `serve_listeners`, like all that follows.
         on_tick: see there.
         max_connections: see there.
+        max_connections_per_client: see there.
         shutdown: see there.
         grace_period: see there.
         task_status: for `trio.Nursery.start`, which returns the listeners.
@@ -202,7 +215,8 @@ async def serve_tcp(
 
     On cancellation, every connection is cancelled and every listener closed.
     """
-    check_settings(tick, on_tick, max_connections, grace_period)  # before anything is open that would be left so
+    # Before anything is open that would be left so.
+    check_settings(tick, on_tick, max_connections, max_connections_per_client, grace_period)
     listeners = await trio.open_tcp_listeners(port, host=host, backlog=backlog)
     return await serve_listeners(
         handler,
@@ -210,6 +224,7 @@ async def serve_tcp(
         tick=tick,
         on_tick=on_tick,
         max_connections=max_connections,
+        max_connections_per_client=max_connections_per_client,
         shutdown=shutdown,
         grace_period=grace_period,
         task_status=task_status,
@@ -217,7 +232,11 @@ async def serve_tcp(
 
 
 def check_settings(
-    tick: float | None, on_tick: OnTick | None, max_connections: int | None, grace_period: float
+    tick: float | None,
+    on_tick: OnTick | None,
+    max_connections: int | None,
+    max_connections_per_client: int | None,
+    grace_period: float,
 ) -> None:
     """Raise `ValueError` for a setting of `serve_listeners` that is out of its range."""
     if tick is not None and not tick > 0:
@@ -226,6 +245,8 @@ def check_settings(
         raise ValueError("on_tick needs a tick")
     if max_connections is not None and max_connections < 1:
         raise ValueError(f"max_connections is {max_connections}: not 1 or more")
+    if max_connections_per_client is not None and max_connections_per_client < 1:
+        raise ValueError(f"max_connections_per_client is {max_connections_per_client}: not 1 or more")
     if not grace_period >= 0:
         raise ValueError(f"grace_period is {grace_period}: not 0 seconds or more")
 
@@ -238,21 +259,24 @@ class _Connections:
         handler: Callable[[Any], Awaitable[object]],
         nursery: trio.Nursery,
         max_connections: float,
+        client_limit: ClientLimit | None,
         drain: Drain,
     ) -> None:
         self._handler = handler
         self._nursery = nursery
         self._max = max_connections
+        self._client_limit = client_limit
         self._drain = drain
         self._began = trio.current_time()
         self._accepted = 0
+        self._refused = 0
         self.active = 0
         self._crashed = 0
         self._waiting_for_room = trio.lowlevel.ParkingLot()
 
     def stats(self) -> ServerStats:
         uptime = trio.current_time() - self._began
-        return ServerStats(self._accepted, self.active, self._crashed, uptime)
+        return ServerStats(self._accepted, self.active, self._crashed, uptime, self._refused)
 
     def has_room(self) -> bool:
         return self.active < self._max
@@ -264,11 +288,16 @@ class _Connections:
 
     def start(self, stream: trio.abc.Stream, address: object, server: str) -> None:
         self._accepted += 1
+        if self._client_limit is not None and not self._client_limit.enter(address):
+            self._refused += 1
+            # A reset leaves nothing behind in the kernel, and tells the client that this is no end in order.
+            self._nursery.start_soon(close_as_broken, stream)
+            return
         self.active += 1
         accepted = Accepted(stream, address, server, self._drain, trio.current_time())
-        self._nursery.start_soon(self._run, accepted, self._accepted)
+        self._nursery.start_soon(self._run, accepted, self._accepted, address)
 
-    async def _run(self, accepted: Accepted, number: int) -> None:
+    async def _run(self, accepted: Accepted, number: int, address: object) -> None:
         stream = accepted.stream
         announce(accepted)
         verbose = _log.isEnabledFor(logging.DEBUG)
@@ -287,6 +316,8 @@ class _Connections:
                 raise rest from None
         finally:
             self.active -= 1
+            if self._client_limit is not None:
+                self._client_limit.leave(address)
             if self._waiting_for_room:
                 self._waiting_for_room.unpark_all()
             if verbose:

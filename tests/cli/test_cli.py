@@ -419,10 +419,10 @@ def test_tick() -> None:
     """``--tick`` logs the statistics that often, on standard error."""
     with serving("echo", "--tick", "0.05") as (server, port):
         assert server.stderr is not None
-        read_until(server.stderr.fileno(), b"accepted 0, active 0, crashed 0, up ")
+        read_until(server.stderr.fileno(), b"accepted 0, active 0, crashed 0, refused 0, up ")
         with socket.create_connection(("127.0.0.1", int(port)), TIMEOUT):
-            read_until(server.stderr.fileno(), b"accepted 1, active 1, crashed 0, up ")
-        read_until(server.stderr.fileno(), b"accepted 1, active 0, crashed 0, up ")
+            read_until(server.stderr.fileno(), b"accepted 1, active 1, crashed 0, refused 0, up ")
+        read_until(server.stderr.fileno(), b"accepted 1, active 0, crashed 0, refused 0, up ")
 
 
 def test_verbose() -> None:

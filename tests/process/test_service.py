@@ -282,6 +282,19 @@ async def test_max_connections() -> None:
     assert server.stats.accepted == 2
 
 
+async def test_max_connections_per_client() -> None:
+    """A client has as many as the app says; one more is reset, and a client with another address is served."""
+    async with served(max_connections_per_client=1) as server, await server.connect() as first:
+        assert await echo_request(first, b"hello") == b"hello"
+        async with await server.connect() as second:
+            with pytest.raises(trio.BrokenResourceError):
+                await second.receive_some()
+        async with await trio.open_tcp_stream("127.0.0.1", server.port, local_address="127.0.0.2") as other:
+            assert await echo_request(other, b"hello") == b"hello"
+    assert server.stats is not None
+    assert (server.stats.accepted, server.stats.refused) == (3, 1)
+
+
 async def test_ticks() -> None:
     """An app's own function is called that often, with the statistics of that moment."""
     ticked, ticks = trio.Event(), 0
@@ -469,6 +482,7 @@ async def test_port_in_use(free_port: int) -> None:
         ({"port": None}, "there must be a port"),
         ({"host": []}, "there must be a port"),
         ({"max_connections": 0}, "max_connections is 0"),
+        ({"max_connections_per_client": 0}, "max_connections_per_client is 0"),
         ({"grace_period": -1}, "grace_period is -1"),
         ({"tick": 0}, "tick is 0"),
         ({"on_tick": print}, "on_tick needs a tick"),

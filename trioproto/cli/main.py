@@ -120,6 +120,7 @@ async def _serve(args: argparse.Namespace) -> None:
             tcp_port,
             ssl_context=context,
             max_connections=args.max_connections,
+            max_connections_per_client=args.max_connections_per_client,
             tick=args.tick,
             on_tick=_log_stats if args.tick else None,
             **service,
@@ -150,6 +151,7 @@ def _worker_command(args: argparse.Namespace, fds: Sequence[int]) -> list[str]:
     command += [f"--fd={fd}" for fd in fds]
     for option in (
         "max_connections",
+        "max_connections_per_client",
         "idle_timeout",
         "request_timeout",
         "grace",
@@ -168,7 +170,12 @@ def _worker_command(args: argparse.Namespace, fds: Sequence[int]) -> list[str]:
 
 async def _log_stats(stats: ServerStats) -> None:
     _log.info(
-        "accepted %d, active %d, crashed %d, up %.1f s", stats.accepted, stats.active, stats.crashed, stats.uptime
+        "accepted %d, active %d, crashed %d, refused %d, up %.1f s",
+        stats.accepted,
+        stats.active,
+        stats.crashed,
+        stats.refused,
+        stats.uptime,
     )
     await trio.lowlevel.checkpoint()
 
@@ -436,6 +443,12 @@ def _add_server_options(command: argparse.ArgumentParser, protocol: str) -> None
         default=MAX_CONNECTIONS,
         metavar="N",
         help="how many are served at once; more wait in the kernel's queue (default: %(default)s)",
+    )
+    limits.add_argument(
+        "--max-connections-per-client",
+        type=count,
+        metavar="N",
+        help="how many one IPv4 address, or one IPv6 network (/64), may have at once; more are reset (default: any)",
     )
     limits.add_argument(
         "--idle-timeout",

@@ -61,6 +61,7 @@ async def serve_until_signal(
     fds: Sequence[int] = (),
     ssl_context: ssl.SSLContext | None = None,
     max_connections: int | None = MAX_CONNECTIONS,
+    max_connections_per_client: int | None = None,
     grace_period: float = GRACE_PERIOD,
     tick: float | None = None,
     on_tick: OnTick | None = None,
@@ -92,6 +93,9 @@ async def serve_until_signal(
         ssl_context: for TLS on all of them. None: plain connections.
         max_connections: how many connections are served at once, 1 or more; more wait in the kernel's queue. None: as
             many as come.
+        max_connections_per_client: how many connections one client may have at once, 1 or more; more are reset. See
+            `trioproto.serve_listeners`. None, the default: as many as come, because behind a proxy, or in a network
+            with one address for all, many clients look like one.
         grace_period: seconds, 0 or more, that a stop waits for requests under way.
         tick: seconds, above 0, between two calls of ``on_tick``; see `trioproto.serve_listeners`.
         on_tick: awaited with the current `ServerStats` on each tick.
@@ -115,7 +119,7 @@ async def serve_until_signal(
     On cancellation, every connection is cancelled, every listener closed, and the UNIX socket's file removed. That is
     also done before any of the above is raised.
     """
-    check_settings(tick, on_tick, max_connections, grace_period)  # before anything is open
+    check_settings(tick, on_tick, max_connections, max_connections_per_client, grace_period)  # before anything is open
     outliving = set(fds).difference(ending_fds())
     inherited = own_row()
     interval, beat = _heartbeat(inherited)
@@ -130,6 +134,7 @@ async def serve_until_signal(
             tick=tick,
             on_tick=on_tick,
             max_connections=max_connections,
+            max_connections_per_client=max_connections_per_client,
             shutdown=shutdown,
             grace_period=grace_period,
             give_way=None if inherited is None else functools.partial(others_have_fewer, *inherited),
