@@ -87,10 +87,12 @@ class Accepted:
 
     Attributes:
         stream: what the handler is called with.
-        address: the client's, as the system gives it; None if the stream has none.
+        address: the client's, as the system gives it; None if the stream has none. Behind a proxy, that of the proxy,
+            until its PROXY header (`trioproto.process.proxy_protocol`) has told the client's own.
         server: the address at which the server accepted it, for log lines; None if nobody has told.
         drain: the server's stop.
         at: when it was accepted, on Trio's clock.
+        refused: whether it was ended before it was served, because of its address.
     """
 
     stream: trio.abc.AsyncResource
@@ -98,6 +100,7 @@ class Accepted:
     server: str | None
     drain: Drain
     at: float
+    refused: bool = False
 
     @property
     def peer(self) -> str:

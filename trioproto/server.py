@@ -85,7 +85,8 @@ class ServerStats:
         active: connections open now.
         crashed: connections whose handler raised an exception.
         uptime: seconds since the server began, on Trio's clock.
-        refused: how many of ``accepted`` were ended at once, because their client had too many.
+        refused: how many of ``accepted`` were ended unserved, because their client had too many, or because they came
+            from no trusted proxy.
     """
 
     accepted: int
@@ -316,6 +317,7 @@ class _Connections:
                 raise rest from None
         finally:
             self.active -= 1
+            self._refused += accepted.refused
             if self._client_limit is not None:
                 self._client_limit.leave(address)
             if self._waiting_for_room:

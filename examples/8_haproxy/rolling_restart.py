@@ -117,7 +117,7 @@ def reserve_port() -> socket.socket:
 
 async def start_server(nursery: trio.Nursery, port: int) -> trio.Process:
     """Start an op server in a process of its own, and return when it listens."""
-    command = [sys.executable, "-m", "trioproto", "op", "--port", str(port)]
+    command = [sys.executable, "-m", "trioproto", "op", "--port", str(port), "--proxy-protocol", "127.0.0.1"]
     run = functools.partial(trio.run_process, command, stdout=subprocess.PIPE, capture_stderr=True)
     process: trio.Process = await nursery.start(run)
     if process.stdout is not None:  # it is a pipe

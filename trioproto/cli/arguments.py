@@ -4,6 +4,8 @@ import argparse
 import math
 from collections.abc import Callable
 
+from trioproto.process.proxy_protocol import UNIX, Network, trusted_network
+
 PORTS = {"echo": 9190, "op": 9191}
 
 
@@ -58,6 +60,14 @@ def host(text: str) -> str:
     if text.startswith("[") and text.endswith("]") and ":" in text:
         text = text[1:-1]
     return not_empty(text)
+
+
+def network(text: str) -> Network | str:
+    """Convert what names trusted proxies."""
+    try:
+        return trusted_network(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be an address, a network, or {UNIX!r}: {error}") from None
 
 
 port = whole(0, 0xFFFF)

@@ -17,7 +17,7 @@ import trio
 
 from trioproto.addresses import failure_reason, format_address
 from trioproto.bench.errors import BenchError
-from trioproto.cli.arguments import PORTS, CommandError, count, descriptor, host, not_empty, port, seconds
+from trioproto.cli.arguments import PORTS, CommandError, count, descriptor, host, network, not_empty, port, seconds
 from trioproto.cli.bench import add_bench
 from trioproto.cli.clients import echo_dialogue, echo_messages, echo_pipe, op_answer, op_dialogue
 from trioproto.cli.standard import check_input, reserve_descriptors, write_text
@@ -118,6 +118,8 @@ async def _serve(args: argparse.Namespace) -> None:
                 _HANDLERS[args.protocol], idle_timeout=args.idle_timeout, request_timeout=args.request_timeout
             ),
             tcp_port,
+            proxy_protocol=args.proxy_protocol,
+            proxy_timeout=args.request_timeout,
             ssl_context=context,
             max_connections=args.max_connections,
             max_connections_per_client=args.max_connections_per_client,
@@ -149,6 +151,7 @@ def _worker_command(args: argparse.Namespace, fds: Sequence[int]) -> list[str]:
     """Return the command line of one worker: the same program, on the sockets that it inherits."""
     command = [*worker_program(), args.protocol, "--stop-at-eof"]
     command += [f"--fd={fd}" for fd in fds]
+    command += [f"--proxy-protocol={network}" for network in args.proxy_protocol]
     for option in (
         "max_connections",
         "max_connections_per_client",
@@ -436,6 +439,15 @@ def _add_server_options(command: argparse.ArgumentParser, protocol: str) -> None
         metavar="N",
         help="a listening socket that this process inherits; may be repeated (systemd's are found by themselves)",
     )
+    where.add_argument(
+        "--proxy-protocol",
+        type=network,
+        action="append",
+        default=[],
+        metavar="NETWORK",
+        help="serve only proxies with these addresses (10.0.0.0/8, ::1, unix), whose PROXY headers name their clients; "
+        "may be repeated (default: clients connect themselves)",
+    )
     limits = command.add_argument_group("limits")
     limits.add_argument(
         "--max-connections",
@@ -462,7 +474,7 @@ def _add_server_options(command: argparse.ArgumentParser, protocol: str) -> None
         type=seconds,
         default=REQUEST_TIMEOUT,
         metavar="SECONDS",
-        help="from a request's first byte to its last, and for a TLS handshake (default: %(default)s)",
+        help="from a request's first byte to its last; for a PROXY header; for a TLS handshake (default: %(default)s)",
     )
     limits.add_argument(
         "--grace",

@@ -18,9 +18,12 @@ from typing import Any, TypeVar
 import trio
 
 from trioproto.addresses import format_address
+from trioproto.connection import REQUEST_TIMEOUT
+from trioproto.limits import ClientLimit
 from trioproto.process.heartbeat import add_heartbeat
 from trioproto.process.listeners import close_listeners, ending_fds, open_listeners
 from trioproto.process.notices import notice_interval, notify, notify_alive
+from trioproto.process.proxy_protocol import Network, behind_proxies, trusted_network
 from trioproto.process.scoreboard import Scoreboard, others_have_fewer, own_row
 from trioproto.server import OnTick, ServerStats, check_settings, serve_listeners
 from trioproto.tls import TLSStream
@@ -59,6 +62,8 @@ async def serve_until_signal(
     host: str | Sequence[str] = HOST,
     unix: str | None = None,
     fds: Sequence[int] = (),
+    proxy_protocol: Sequence[str | Network] = (),
+    proxy_timeout: float = REQUEST_TIMEOUT,
     ssl_context: ssl.SSLContext | None = None,
     max_connections: int | None = MAX_CONNECTIONS,
     max_connections_per_client: int | None = None,
@@ -90,6 +95,11 @@ async def serve_until_signal(
         fds: descriptors of listening sockets that this process inherited, to serve as well. They are closed when a stop
             begins: such a socket outlives this process, and whoever waits in its queue is left to its next server. For
             those that systemd passes, call `trioproto.process.listeners.activated_fds`.
+        proxy_protocol: the proxies that every connection comes from: addresses, networks such as ``10.0.0.0/8``, or
+            ``unix`` for whoever may connect to the UNIX sockets. Each connection begins with a PROXY header, of version
+            1 or 2, before TLS, and the address that it names is the client's from there on. Connections from other
+            addresses are reset, each with a warning. Empty: there are no PROXY headers.
+        proxy_timeout: seconds, above 0, that a PROXY header may take.
         ssl_context: for TLS on all of them. None: plain connections.
         max_connections: how many connections are served at once, 1 or more; more wait in the kernel's queue. None: as
             many as come.
@@ -119,7 +129,17 @@ async def serve_until_signal(
     On cancellation, every connection is cancelled, every listener closed, and the UNIX socket's file removed. That is
     also done before any of the above is raised.
     """
+    trusted = [trusted_network(network) for network in proxy_protocol]
+    if not proxy_timeout > 0:
+        raise ValueError(f"proxy_timeout is {proxy_timeout}: not above 0 seconds")
     check_settings(tick, on_tick, max_connections, max_connections_per_client, grace_period)  # before anything is open
+    if ssl_context is not None:
+        handler = _over_tls(handler, ssl_context)
+    if trusted:
+        # Only the header tells whose connection it is, so it is counted there, and not when it is accepted.
+        limit = None if max_connections_per_client is None else ClientLimit(max_connections_per_client)
+        max_connections_per_client = None
+        handler = behind_proxies(handler, trusted, proxy_timeout, limit)
     outliving = set(fds).difference(ending_fds())
     inherited = own_row()
     interval, beat = _heartbeat(inherited)
@@ -129,7 +149,7 @@ async def serve_until_signal(
         beat(ServerStats(0, 0, 0, 0.0))
         notify("READY=1")  # whoever connects waits for the accept loop now, if at all
         return await serve_listeners(
-            handler if ssl_context is None else _over_tls(handler, ssl_context),
+            handler,
             listeners,
             tick=tick,
             on_tick=on_tick,
