@@ -241,9 +241,11 @@ async def _connected(args: argparse.Namespace) -> AsyncIterator[trio.abc.HalfClo
     except* EOFError as group:
         raise CommandError(f"{where} ended the connection: {failure_reason(group)}; look at the server's log") from None
     except* trio.BrokenResourceError as group:
-        raise CommandError(
-            f"the connection to {where} broke: {failure_reason(group)}; look at the server's log"
-        ) from None
+        reason = failure_reason(group)
+        advice = "look at the server's log"
+        if "self-signed" in reason or "local issuer" in reason:  # and not expired, or of another name
+            advice = "to trust it, pass --tls-ca the certificate of whoever signed it"
+        raise CommandError(f"the connection to {where} broke: {reason}; {advice}") from None
     finally:
         await trio.aclose_forcefully(stream)
 
