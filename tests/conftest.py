@@ -20,3 +20,10 @@ async def fast() -> AsyncIterator[tuple[SocketTransport, trio.SocketStream]]:
     peer, stream = await socket_streams()
     async with peer, stream:
         yield SocketTransport(stream), peer
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "TLS"])
+def tls(request: pytest.FixtureRequest) -> bool:
+    """Whether connections are over TLS: a promise about what happens on the network is kept over either."""
+    over: bool = request.param
+    return over

@@ -18,6 +18,7 @@ import trustme
 from hypothesis import strategies as st
 
 from trioproto import serve_listeners
+from trioproto.tls import TLSStream
 
 Stream = trio.abc.HalfCloseableStream
 Handler = Callable[..., Awaitable[object]]
@@ -128,6 +129,18 @@ async def socket_streams() -> tuple[trio.SocketStream, trio.SocketStream]:
         return client, await listener.accept()
 
 
+async def connected_streams(*, tls: bool) -> tuple[Stream, Stream]:
+    """Return the two ends of a connection, the client's and the server's, with the TLS handshake made."""
+    client, server = await socket_streams()
+    if not tls:
+        return client, server
+    client_end, server_end = own_client_tls(client), own_server_tls(server)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client_end.handshake)
+        await server_end.handshake()
+    return client_end, server_end
+
+
 @functools.cache
 def tls_contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
     """Return TLS settings for a client and for the server that it trusts."""
@@ -146,6 +159,16 @@ def client_tls(stream: trio.abc.Stream) -> trio.SSLStream[Any]:
 def server_tls(stream: trio.abc.Stream) -> trio.SSLStream[Any]:
     """Wrap the server's end of a connection in TLS."""
     return trio.SSLStream(stream, tls_contexts()[1], server_side=True)
+
+
+def own_client_tls(stream: trio.SocketStream) -> TLSStream:
+    """Wrap the client's end of a connection in our TLS."""
+    return TLSStream(stream, tls_contexts()[0], server_hostname="localhost")
+
+
+def own_server_tls(stream: trio.SocketStream) -> TLSStream:
+    """Wrap the server's end of a connection in our TLS, as `trioproto.serve_until_signal` does."""
+    return TLSStream(stream, tls_contexts()[1], server_side=True)
 
 
 class Sticky(trio.abc.Stream):
@@ -169,19 +192,26 @@ class Sticky(trio.abc.Stream):
         raise NotImplementedError
 
 
-def fill(stream: trio.SocketStream) -> int:
+def below(stream: trio.abc.Stream) -> trio.SocketStream:
+    """Return the socket that TLS is on, or the socket itself."""
+    found = getattr(stream, "transport_stream", stream)
+    assert isinstance(found, trio.SocketStream)
+    return found
+
+
+def fill(stream: trio.abc.Stream) -> int:
     """Send until the system takes no more, because the peer does not read, and return how much it took."""
     filled = 0
     with contextlib.suppress(BlockingIOError):
         while True:
-            filled += os.write(stream.socket.fileno(), bytes(65536))
+            filled += os.write(below(stream).socket.fileno(), bytes(65536))
     return filled
 
 
-def reset(stream: trio.SocketStream) -> None:
+def reset(stream: trio.abc.Stream) -> None:
     """Break the connection off: closing a socket that must not linger sends a reset (socket(7), SO_LINGER)."""
-    stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    stream.socket.close()
+    below(stream).setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    below(stream).socket.close()
 
 
 async def receive_to_end(stream: trio.abc.ReceiveStream) -> bytes:
@@ -226,18 +256,28 @@ async def serving(handler: Handler, listener: trio.abc.Listener[Any]) -> AsyncIt
 
 
 @contextlib.asynccontextmanager
-async def connected(handler: Handler, *, receive_buffer: int | None = None) -> AsyncIterator[trio.SocketStream]:
+async def connected(handler: Handler, *, tls: bool = False, receive_buffer: int | None = None) -> AsyncIterator[Any]:
     """Serve a TCP connection with ``handler``, and give the client's end; in the end, see the handler to its end.
 
-    With ``receive_buffer``, that is about how much the client's system takes before the client reads.
+    With ``tls``, the handshake is made. With ``receive_buffer``, that is about how much the client's system takes
+    before the client reads.
     """
+
+    async def handle_over_tls(stream: trio.SocketStream) -> None:
+        tls_stream = own_server_tls(stream)
+        await tls_stream.handshake()
+        await handler(tls_stream)
+
     [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    async with serving(handler, listener) as shutdown:
+    async with serving(handle_over_tls if tls else handler, listener) as shutdown:
         connecting = trio.socket.socket()
         if receive_buffer is not None:
             connecting.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         await connecting.connect(listener.socket.getsockname())
-        client = trio.SocketStream(connecting)
+        stream = trio.SocketStream(connecting)
+        client = own_client_tls(stream) if tls else stream
+        if isinstance(client, TLSStream):
+            await client.handshake()
         async with client:
             yield client
         shutdown.set()

@@ -94,24 +94,23 @@ class TLSStream(trio.abc.HalfCloseableStream):
     async def handshake(self) -> None:
         """Make the TLS handshake, or wait until another task has made it. A checkpoint."""
         async with self._handshaking:
-            if self._object.server_side and self.needs_handshake:
+            if not self.needs_handshake:
+                return
+            if self._object.server_side:
                 self._take_in()  # a client begins, and has mostly done so by now
-            while self.needs_handshake:
-                try:
-                    self._object.do_handshake()
-                    self.needs_handshake = False
-                    if self._object.server_side and self._object.version() == "TLSv1.3":
-                        break  # what is left to send, session tickets, goes with the first message
-                except ssl.SSLWantReadError:
-                    pass
-                except ssl.SSLError as error:
-                    self._send_alert()
-                    raise _broken(error) from error
+            while not self._make_handshake():
                 await self._flush_all()
-                while self.needs_handshake and not self._take_in():
+                while not self._take_in():
                     await self._below.wait_for_data()
+            # What a server has left to send in TLS 1.3, session tickets, goes with its first message.
+            if not self._object.server_side or self._object.version() != "TLSv1.3":
+                await self._flush_all()
+            self.needs_handshake = False
 
     def receive_nowait(self) -> bytes | None:
+        if self._left:  # by `receive_some`
+            data, self._left = self._left, b""
+            return data
         # What came together with the end of the handshake is here already.
         if self._end is None and (self._incoming.pending or self._take_in()):
             data = self._decrypt()
@@ -120,7 +119,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
                 while self._end is None and self._incoming.pending:
                     pieces.append(self._decrypt())
                 data = b"".join(pieces)
-            if self._outgoing.pending > _MAX_ANSWERS:
+            if self._outgoing.pending + len(self._encrypted) > _PIECE + _MAX_ANSWERS:
                 raise trio.BrokenResourceError("the peer asks for new keys again and again")
             if data:
                 return data
@@ -162,6 +161,17 @@ class TLSStream(trio.abc.HalfCloseableStream):
     def reset(self) -> None:
         self._cut = True
         self._below.reset()
+
+    def _make_handshake(self) -> bool:
+        """Go on with the handshake by what has arrived, and return whether that was all of it."""
+        try:
+            self._object.do_handshake()
+        except ssl.SSLWantReadError:
+            return False
+        except ssl.SSLError as error:
+            self._send_alert()
+            raise _broken(error) from error
+        return True
 
     def _take_in(self) -> bool:
         """Receive bytes, or end of stream, for OpenSSL, and return whether there was either."""
@@ -224,16 +234,10 @@ class TLSStream(trio.abc.HalfCloseableStream):
             raise ValueError(f"max_bytes must be at least 1, not {max_bytes}")
         with self._only_one("receiving"):
             await self._shake_hands()
-            while not self._left:
-                data = self.receive_nowait()
-                if data is None:
-                    await self.wait_for_data()
-                elif data:
-                    self._left = data
-                else:
-                    break
-            end = len(self._left) if max_bytes is None else max_bytes
-            data, self._left = self._left[:end], self._left[end:]
+            while (data := self.receive_nowait()) is None:
+                await self.wait_for_data()
+            if max_bytes is not None:
+                data, self._left = data[:max_bytes], data[max_bytes:]
             return data
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
@@ -242,10 +246,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
         On cancellation, part of it may have been sent; nothing more can be sent then. A checkpoint.
         """
         with self._only_one("sending"):
-            if self._eof_sent:
-                raise trio.ClosedResourceError("this side of the connection was ended")
-            if self._cut:
-                raise trio.BrokenResourceError("an earlier send was cut off")
+            self._check_sending()
             await self._shake_hands()
             with memoryview(data) as view:
                 self._cut = True
@@ -257,8 +258,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until `send_all` might not have to wait. A checkpoint."""
         with self._only_one("sending"):
-            if self._eof_sent:
-                raise trio.ClosedResourceError("this side of the connection was ended")
+            self._check_sending()
             await self._shake_hands()
             await self.wait_for_room()
 
@@ -268,6 +268,8 @@ class TLSStream(trio.abc.HalfCloseableStream):
         On cancellation, this side may have ended, or not. A checkpoint.
         """
         with self._only_one("sending"):
+            if not self._eof_sent:
+                self._check_sending()
             await self._shake_hands()
             self._eof_sent = True
             if self._object.version() == "TLSv1.3":
@@ -296,6 +298,12 @@ class TLSStream(trio.abc.HalfCloseableStream):
             await self.handshake()
         else:
             await trio.lowlevel.checkpoint()
+
+    def _check_sending(self) -> None:
+        if self._eof_sent:
+            raise trio.ClosedResourceError("this side of the connection was ended")
+        if self._cut:
+            raise trio.BrokenResourceError("an earlier send was cut off")
 
     @contextlib.contextmanager
     def _only_one(self, what: str) -> Iterator[None]:
