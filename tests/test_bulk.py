@@ -7,15 +7,16 @@ import random
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Awaitable, Callable
 from functools import partial
 
 import pytest
 import trio
 import trio.testing
-from helpers import LIMIT, request_bytes
+from helpers import LIMIT, below, connected_streams, request_bytes
 
-from trioproto import echo_handler, echo_request, op_handler, op_request, serve_tcp
+from trioproto import Connection, echo_handler, echo_request, op_handler, op_request, serve_tcp
 
 
 async def serve(
@@ -166,3 +167,47 @@ async def test_flood(flood: str, nursery: trio.Nursery) -> None:
                         assert await op_request(other, [1, 2], "+") == 3
             enough.set()
     assert not starved.is_set()
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["fast reader", "slow reader"])
+async def test_one_large_message(tls: bool, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
+    """While one large message is sent, other tasks have their turns, and no copy of it is made."""
+    size = 32 * 2**20
+    message = memoryview(bytearray(size))
+    client, server = await connected_streams(tls=tls)
+    if slow:
+        below(client).setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
+    sent_in_turn = most_in_turn = 0
+    write = os.write
+
+    def note(fd: int, data: bytes) -> int:
+        nonlocal sent_in_turn, most_in_turn
+        sent = write(fd, data)
+        sent_in_turn += sent
+        most_in_turn = max(most_in_turn, sent_in_turn)
+        return sent
+
+    async def take_turns() -> None:
+        nonlocal sent_in_turn
+        while True:
+            await trio.lowlevel.checkpoint()
+            sent_in_turn = 0
+
+    async def receive() -> None:
+        left = size
+        while left:
+            left -= len(await client.receive_some(65536))
+
+    monkeypatch.setattr(os, "write", note)
+    with trio.fail_after(LIMIT):
+        async with client, Connection(server) as connection, trio.open_nursery() as nursery:
+            nursery.start_soon(take_turns)
+            nursery.start_soon(receive)
+            tracemalloc.start()
+            await connection.send_all(message)
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            nursery.cancel_scope.cancel()
+    # A plain socket takes what its buffers hold; TLS takes a piece, which has to be encrypted.
+    assert most_in_turn < (200_000 if tls else size // 4)
+    assert peak < 2**20

@@ -887,22 +887,25 @@ class Connection(trio.abc.HalfCloseableStream):
     async def _send_rest(self) -> None:
         self._sending = True
         try:
-            while self._rest:
-                with self._in_time_for_room():
+            with (
+                self._in_time_for_room() as scope
+            ):  # one for all the pieces, because each would cost as much as a write
+                while self._rest:
                     sent = await self._transport.send_some(self._rest)
-                self._rest = self._rest[sent:]
-                self._taken += sent
-                self._client_is_there()
+                    self._rest = self._rest[sent:]
+                    self._taken += sent
+                    self._client_is_there()
+                    scope.deadline = trio.current_time() + self._idle_timeout
             self._rest = _NOTHING  # an empty view would hold on to the caller's
         finally:
             self._sending = False
             self._wake_others()
 
     @contextlib.contextmanager
-    def _in_time_for_room(self) -> Iterator[None]:
+    def _in_time_for_room(self) -> Iterator[trio.CancelScope]:
         try:
-            with trio.fail_after(self._idle_timeout):
-                yield
+            with trio.fail_after(self._idle_timeout) as scope:
+                yield scope
         except trio.TooSlowError:
             raise self._too_late(_ROOM) from None
         except _FAILURES as error:
