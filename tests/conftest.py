@@ -1,5 +1,6 @@
 """Settings and fixtures for all tests."""
 
+import os
 from collections.abc import AsyncIterator
 
 import pytest
@@ -8,6 +9,9 @@ from helpers import socket_streams
 from hypothesis import settings
 
 from trioproto.transport import SocketTransport
+
+# Where Python is told to write no bytecode, each command that a test starts would compile the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # No example is timed: how fast a machine is says nothing about whether the code is right.
 settings.register_profile("trioproto", deadline=None)

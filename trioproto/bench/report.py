@@ -1,4 +1,4 @@
-"""A measurement for people and for machines: progress, table, plots, JSON. Needs the extra ``bench``."""
+"""A measurement for people and for machines: progress, table, plot in text, JSON. Needs the extra ``bench``."""
 
 import contextlib
 import json
@@ -9,28 +9,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import attrs
-import matplotlib as mpl
 import plotext  # type: ignore[import-untyped]
 from hdrh.histogram import HdrHistogram  # type: ignore[import-untyped]
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from tqdm import tqdm
 
 from trioproto.addresses import format_address
 from trioproto.bench.load import WRONG_REPLY, Load, Measurement
 
-_PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9, "max": 100.0}
+PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9, "max": 100.0}
 # From this share on, a load generator may be what limits the rate.
 _BUSY = 0.9
 _TERMINAL_ROWS = 16
-_FILE_ROWS = 120
 # A row of a plot is wider than the histogram's buckets, which are up to 0.1 % wide: no row is empty between two others
 # just because no bucket begins in it.
 _ROW_RATIO = 1.01
-# Colours that stand out from a white background as well as from a black one.
-_GREY = "#808080"
-_BLUE = "#3987d6"
-_ORANGE = "#d9730d"
 
 
 @contextlib.contextmanager
@@ -67,9 +59,9 @@ def progress(load: Load) -> Iterator[Callable[[Measurement], object]]:
 
 def table(load: Load, measurement: Measurement) -> str:
     """Return what was asked for and what came of it, in lines that fit into 80 columns."""
-    percentiles = [measurement.percentile(percent) for percent in _PERCENTILES.values()]
+    percentiles = [measurement.percentile(percent) for percent in PERCENTILES.values()]
     lines = [
-        _description(load),
+        description(load),
         "",
         f"{'seconds':12}{measurement.seconds:>13.1f}",
         f"{'answered':12}{measurement.answered:>13,}",
@@ -78,8 +70,8 @@ def table(load: Load, measurement: Measurement) -> str:
         f"{'errors':12}{measurement.errors.total():>13,}",
         *(f"{'':12}{count:>13,} {what}" for what, count in measurement.errors.most_common()),
         "",
-        f"{'latency':12}" + "".join(f"{name:>13}" for name in _PERCENTILES),
-        f"{'':12}" + "".join(f"{_format_time(latency):>13}" for latency in percentiles),
+        f"{'latency':12}" + "".join(f"{name:>13}" for name in PERCENTILES),
+        f"{'':12}" + "".join(f"{format_time(latency):>13}" for latency in percentiles),
     ]
     if measurement.busy > _BUSY:
         lines += [
@@ -102,7 +94,8 @@ def failure(load: Load, measurement: Measurement) -> str | None:
     return f"{what}; is an {load.protocol} server running there?"
 
 
-def _description(load: Load) -> str:
+def description(load: Load) -> str:
+    """Say what load this is, in two lines."""
     pace = "closed loop" if load.rate is None else f"open loop of {load.rate:,.10g} requests/s"
     message = "bytes" if load.protocol == "echo" else "operands"
     return (
@@ -111,7 +104,7 @@ def _description(load: Load) -> str:
     )
 
 
-def _format_time(seconds: float) -> str:
+def format_time(seconds: float) -> str:
     """Write a time with three digits that matter."""
     if seconds >= 1:
         value, unit = seconds, "s"
@@ -123,7 +116,7 @@ def _format_time(seconds: float) -> str:
     return f"{value:.{digits}f} {unit}"
 
 
-def _rows(latencies: HdrHistogram, most: int) -> list[tuple[float, float, int]]:
+def rows(latencies: HdrHistogram, most: int) -> list[tuple[float, float, int]]:
     """Return the range of what was recorded in at most ``most`` rows, for a plot.
 
     Returns:
@@ -152,19 +145,19 @@ def terminal_plot(latencies: HdrHistogram, width: int) -> str:
 
     A row counts those up to its latency that are above the latency of the row before it.
     """
-    rows = _rows(latencies, _TERMINAL_ROWS)
-    if not rows:
+    bars = rows(latencies, _TERMINAL_ROWS)
+    if not bars:
         return ""
     figure = plotext.figure
     figure.clear()
     figure.theme("colorless")
-    figure.plot_size(width, len(rows))
+    figure.plot_size(width, len(bars))
     figure.axes(active=False)
-    counts = [count for _, _, count in rows]
-    figure.draw(figure.bar(range(len(rows)), counts, orientation="horizontal", width=0.1))
+    counts = [count for _, _, count in bars]
+    figure.draw(figure.bar(range(len(bars)), counts, orientation="horizontal", width=0.1))
     figure.ruler("x").ticks([], [])
     ruler = figure.ruler("y")
-    ruler.ticks(range(len(rows)), [f"{_format_time(edge):>8} {count:>12,} " for _, edge, count in rows])
+    ruler.ticks(range(len(bars)), [f"{format_time(edge):>8} {count:>12,} " for _, edge, count in bars])
     ruler.direction(-1)
     text: str = figure.build().string(colorless=True)
     return "\n".join(line.rstrip() for line in text.splitlines())
@@ -187,55 +180,9 @@ def write_json(path: Path, load: Load, measurement: Measurement, *, interrupted:
         "answered": measurement.answered,
         "unanswered": measurement.unanswered,
         "errors": measurement.errors,
-        "latency": {name: measurement.percentile(percent) for name, percent in _PERCENTILES.items()},
+        "latency": {name: measurement.percentile(percent) for name, percent in PERCENTILES.items()},
         "histogram": measurement.latencies.encode().decode(),
         "histogram_unit": "nanoseconds",
         "busy": measurement.busy,
     }
     path.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def write_plot(path: Path, load: Load, measurement: Measurement) -> None:
-    """Draw the distribution of latencies into ``path``, as SVG or PNG by its suffix.
-
-    The background is transparent, and the colours can be read on a light one and on a dark one.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    with mpl.rc_context(
-        {
-            "text.color": _GREY,
-            "axes.edgecolor": _GREY,
-            "axes.labelcolor": _GREY,
-            "xtick.color": _GREY,
-            "ytick.color": _GREY,
-        }
-    ):
-        figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-        axes = figure.add_subplot(xscale="log", xlabel="latency", ylabel="requests")
-        axes.set_title(_description(load), loc="left", fontsize="medium")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(lambda latency, _: _format_time(latency))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        if rows := _rows(measurement.latencies, _FILE_ROWS):
-            lower, upper, counts = zip(*rows, strict=True)
-            axes.stairs(counts, [lower[0], *upper], fill=True, color=_BLUE)
-            # At least a factor of 5, so that there are two ticks; and room above and on the right for the percentiles.
-            left, right = lower[0], max(upper[-1], lower[0] * 5)
-            axes.set_xlim(left, right * (right / left) ** 0.15)
-            axes.set_ylim(0, max(counts) * 1.6)
-            # Each line ends at its label, lower than the one before: no label lies across another line.
-            for number, (name, percent) in enumerate(_PERCENTILES.items()):
-                latency, height = measurement.percentile(percent), 0.97 - 0.07 * number
-                axes.axvline(latency, ymax=height, color=_ORANGE, linewidth=1)
-                axes.annotate(
-                    f" {name} {_format_time(latency)}",
-                    (latency, height),
-                    xycoords=("data", "axes fraction"),
-                    verticalalignment="top",
-                    fontsize="small",
-                )
-        figure.savefig(path, transparent=True)

@@ -26,12 +26,12 @@ _MAX_WIDTH = 100
 
 
 async def _bench(args: argparse.Namespace) -> None:
-    if args.processes > args.connections:
-        args.error(f"--processes {args.processes} is more than --connections {args.connections}")
-    if args.depth * args.size > _MAX_IN_FLIGHT:
-        args.error(f"--depth times --size is more than {_MAX_IN_FLIGHT} bytes")
+    _check_load(args)
     try:
         from trioproto.bench import load, report  # noqa: PLC0415 - an extra
+
+        if args.plot:
+            from trioproto.bench import plot  # noqa: PLC0415
     except ImportError as error:
         raise CommandError(
             f"bench needs {error.name}, which is not installed; from a clone of trioproto: pip install '.[bench]'"
@@ -75,11 +75,18 @@ async def _bench(args: argparse.Namespace) -> None:
             report.write_json(args.json, asked, measurement, interrupted=stop.is_set())
     if args.plot:
         with _writing(args.plot):
-            report.write_plot(args.plot, asked, measurement)
+            plot.write_plot(args.plot, asked, measurement)
     if stop.is_set():
         raise KeyboardInterrupt
     if failure := report.failure(asked, measurement):
         raise CommandError(failure)
+
+
+def _check_load(args: argparse.Namespace) -> None:
+    if args.processes > args.connections:
+        args.error(f"--processes {args.processes} is more than --connections {args.connections}")
+    if args.depth * args.size > _MAX_IN_FLIGHT:
+        args.error(f"--depth times --size is more than {_MAX_IN_FLIGHT} bytes")
 
 
 @contextlib.contextmanager
