@@ -293,7 +293,9 @@ async def test_cancelling_itself_only(nursery: trio.Nursery, autojump_clock: tri
         assert await client.receive_some() == b""
 
 
-async def test_debug_log(nursery: trio.Nursery, caplog: pytest.LogCaptureFixture) -> None:
+async def test_debug_log(
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
     """The begin and the end of each connection are logged for debugging."""
     caplog.set_level(logging.DEBUG, "trioproto")
     listener = MemoryListener()
@@ -304,7 +306,7 @@ async def test_debug_log(nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
     await trio.testing.wait_all_tasks_blocked()
     assert caplog.messages == [
         "connection 1 from StapledStream to MemoryListener",
-        "connection 1 to MemoryListener ended",
+        "connection 1 from StapledStream to MemoryListener: ended after 0.000 s, 0 bytes received, 0 sent, 0 requests",
     ]
 
 

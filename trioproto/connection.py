@@ -17,7 +17,7 @@ import trio
 
 from trioproto.addresses import failure_reason
 from trioproto.buffer import ReceiveBuffer
-from trioproto.draining import accepted_as
+from trioproto.draining import Ending, accepted_as
 from trioproto.streams import RECEIVE_SIZE, IncompleteReadError
 from trioproto.transport import Pipe, SocketTransport, close_as_broken, transport_for
 
@@ -179,6 +179,7 @@ class Connection(trio.abc.HalfCloseableStream):
             raise ValueError(f"max_unsent must be at least 0 bytes, not {max_unsent}")
         self._transport = transport_for(stream)
         self._accepted = accepted_as(stream)
+        self._accepted.counted = True
         self._drain = self._accepted.drain
         self._idle_timeout = idle_timeout
         self._request_timeout = request_timeout
@@ -260,6 +261,7 @@ class Connection(trio.abc.HalfCloseableStream):
                 rest = others
         own, rest = (None, None) if rest is None else self._split(rest)
         own = self._let_go or own
+        self._accepted.how = self._how(own, rest)
         if own is not None:
             self._log(own)
         try:
@@ -267,6 +269,7 @@ class Connection(trio.abc.HalfCloseableStream):
                 await self._finish(own)
         except ClientError as failure:
             if own is None:
+                self._accepted.how = failure.how
                 self._log(failure)
         finally:
             self._drain.remove_callback(self._stop)
@@ -391,6 +394,17 @@ class Connection(trio.abc.HalfCloseableStream):
             name = self.peer if accepted.server is None else f"{self.peer} to {accepted.server}"
             _log.log(level, "%s: %s", name, what)
 
+    def _how(self, own: BaseException | None, rest: BaseException | None) -> Ending:
+        """Tell how the conversation ended, if the block ends on ``own`` or ``rest``."""
+        match own:
+            case ClientError():
+                return own.how
+            case ProtocolError():
+                return "malformed"
+        if rest is not None or self._closed:
+            return "cut"
+        return "stopped" if self._drain.began_at is not None and not self._ended else "ended"
+
     # Receiving.
 
     def requests(self, read: "Callable[[Connection], Awaitable[RequestT]]") -> AsyncIterator[RequestT]:
@@ -509,6 +523,14 @@ class Connection(trio.abc.HalfCloseableStream):
         self._buffer.take(len(delimiter))
         return data
 
+    def count_requests(self, number: int) -> None:
+        """Have the connection's record count ``number`` requests more.
+
+        `requests` counts each that it returns as one. This is for a ``read`` that returns several as one, and for a
+        handler that has its requests in another way.
+        """
+        self._accepted.requests += number
+
     def unreceive(self, data: bytes) -> None:
         """Give back ``data``, the last bytes that were received: the next receive begins with them."""
         if data:
@@ -570,6 +592,7 @@ class Connection(trio.abc.HalfCloseableStream):
             self._begun = False
         self._due = None
         self._buffer.unmark()
+        self._accepted.requests += 1
         return request
 
     async def _receive(self) -> bytes:  # noqa: C901 - every step is short, and their order matters
@@ -609,6 +632,7 @@ class Connection(trio.abc.HalfCloseableStream):
             if self._others is not None:
                 self._wake_others()
         if data:
+            self._accepted.received += len(data)
             self._fresh = False
             self._idle_due = None
         else:
@@ -860,6 +884,7 @@ class Connection(trio.abc.HalfCloseableStream):
         except _FAILURES as error:
             raise self._failure(_ROOM, error) from error
         self._taken += sent
+        self._accepted.sent += sent
         if sent:
             self._idle_due = None
             if self._waiting is not None:
@@ -894,6 +919,7 @@ class Connection(trio.abc.HalfCloseableStream):
                     sent = await self._transport.send_some(self._rest)
                     self._rest = self._rest[sent:]
                     self._taken += sent
+                    self._accepted.sent += sent
                     self._client_is_there()
                     scope.deadline = trio.current_time() + self._idle_timeout
             self._rest = _NOTHING  # an empty view would hold on to the caller's
@@ -969,17 +995,20 @@ class Connection(trio.abc.HalfCloseableStream):
 
     def _splice_to(self, source: SocketTransport, pipe: Pipe) -> int:
         try:
-            return source.splice_to(pipe)
+            moved = source.splice_to(pipe)
         except _FAILURES as error:
             raise self._failure(_REQUEST, error) from error
         except OSError:  # a sandbox forbids it; there is the plain way
             return 0
+        self._accepted.received += moved
+        return moved
 
     async def _splice_from(self, pipe: Pipe, target: SocketTransport) -> int:
         with self._in_time_for_room():
             sent = target.splice_from(pipe)
             if not sent:
                 await target.wait_for_room()
+        self._accepted.sent += sent
         self._client_is_there()
         return sent
 

@@ -19,6 +19,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import Literal, get_args
 
 import attrs
 import trio
@@ -80,6 +81,10 @@ class Drain:
 
 NEVER = Drain()
 
+# How a connection ended, in the log and in statistics.
+Ending = Literal["ended", "reset", "idle", "late", "malformed", "overrun", "crashed", "stopped", "cut"]
+ENDINGS: tuple[Ending, ...] = get_args(Ending)
+
 
 @attrs.define(eq=False)
 class Accepted:
@@ -93,6 +98,11 @@ class Accepted:
         drain: the server's stop.
         at: when it was accepted, on Trio's clock.
         refused: whether it was ended before it was served, because of its address.
+        counted: whether a `trioproto.Connection` fills in the rest. A handler on the bare stream tells nobody.
+        received: bytes that the client sent, as the handler's protocol sees them: without those of TLS.
+        sent: bytes that the system took to be sent to it.
+        requests: how many requests of it were read.
+        how: how its conversation ended; None before, and if that was not seen.
     """
 
     stream: trio.abc.AsyncResource
@@ -101,6 +111,11 @@ class Accepted:
     drain: Drain
     at: float
     refused: bool = False
+    counted: bool = False
+    received: int = 0
+    sent: int = 0
+    requests: int = 0
+    how: Ending | None = None
 
     @property
     def peer(self) -> str:

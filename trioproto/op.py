@@ -185,6 +185,7 @@ async def read_and_answer(connection: Connection) -> bytes:
     while not replies:
         replies, rest = answer(rest + await connection.receive_some())
     connection.unreceive(rest)
+    connection.count_requests(len(replies) // Reply.SIZE - 1)  # they are returned as one
     return replies
 
 

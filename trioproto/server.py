@@ -19,11 +19,14 @@ import attrs
 import trio
 
 from trioproto.addresses import format_address, peer_address
-from trioproto.draining import Accepted, Drain, announce
+from trioproto.draining import Accepted, Drain, Ending, announce
 from trioproto.limits import ClientLimit
 from trioproto.transport import close_as_broken
 
 _log = logging.getLogger(__name__)
+
+# Has one record for each connection that has ended. An access log is this logger at level DEBUG.
+_access_log = logging.getLogger("trioproto.access")
 
 StreamT = TypeVar("StreamT", bound=trio.abc.Stream)
 ListenerT = TypeVar("ListenerT", bound=trio.abc.Listener[Any])
@@ -301,17 +304,20 @@ class _Connections:
     async def _run(self, accepted: Accepted, number: int, address: object) -> None:
         stream = accepted.stream
         announce(accepted)
-        verbose = _log.isEnabledFor(logging.DEBUG)
-        if verbose:
+        if _log.isEnabledFor(logging.DEBUG):
             _log.debug("connection %d from %s to %s", number, accepted.peer, accepted.server)
+        how: Ending = "cut"
         try:
             await self._handler(stream)
+            how = accepted.how or "ended"
         except Exception as crash:  # noqa: BLE001 - a handler's bug, of whatever type, ends its own connection only
+            how = "crashed"
             self._log_crash(accepted, number, crash)
         except BaseExceptionGroup as group:
             # A nursery in the handler may group its bug with a cancellation. That one has to go on.
             crashes, rest = group.split(Exception)
             if crashes is not None:
+                how = "crashed"
                 self._log_crash(accepted, number, crashes)
             if rest is not None:
                 raise rest from None
@@ -322,8 +328,8 @@ class _Connections:
                 self._client_limit.leave(address)
             if self._waiting_for_room:
                 self._waiting_for_room.unpark_all()
-            if verbose:
-                _log.debug("connection %d to %s ended", number, accepted.server)
+            if _access_log.isEnabledFor(logging.DEBUG) and not accepted.refused:
+                _log_end(accepted, number, how)
             if not (isinstance(stream, trio.SocketStream) and stream.socket.fileno() == -1):
                 await trio.aclose_forcefully(stream)
 
@@ -332,6 +338,24 @@ class _Connections:
         _log.error(
             "connection %d from %s to %s: the handler crashed", number, accepted.peer, accepted.server, exc_info=crash
         )
+
+
+def _log_end(accepted: Accepted, number: int, how: Ending) -> None:
+    record = {
+        "connection": number,
+        "client": accepted.peer,
+        "server": accepted.server,
+        "how": how,
+        "seconds": trio.current_time() - accepted.at,
+        "received": accepted.received if accepted.counted else None,
+        "sent": accepted.sent if accepted.counted else None,
+        "requests": accepted.requests if accepted.counted else None,
+    }
+    _access_log.debug(
+        "connection %d from %s to %s: %s after %.3f s, %s bytes received, %s sent, %s requests",
+        *("-" if value is None else value for value in record.values()),
+        extra=record,
+    )
 
 
 class _Acceptor:

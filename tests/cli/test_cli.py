@@ -433,7 +433,21 @@ def test_verbose() -> None:
             with socket.create_connection(("127.0.0.1", int(port)), TIMEOUT) as client:
                 peer = f"127.0.0.1:{client.getsockname()[1]}"
                 read_until(server.stderr.fileno(), f"connection {number} from {peer} to 127.0.0.1:{port}\n".encode())
-            read_until(server.stderr.fileno(), f"connection {number} to 127.0.0.1:{port} ended\n".encode())
+            read_until(server.stderr.fileno(), f"connection {number} from {peer} to 127.0.0.1:{port}: ended".encode())
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_access_log(workers: str) -> None:
+    """``--access-log`` logs a record of each connection when it ends, and nothing else that ``-v`` does."""
+    with serving("op", "--access-log", "--workers", workers) as (server, port):
+        assert server.stderr is not None
+        assert run("op-client", "--port", port, "1", "2", "+").stdout == b"3\n"
+        log = read_until(server.stderr.fileno(), b" requests\n").decode()
+    assert re.fullmatch(
+        rf"[-\d]+ [:,\d]+ DEBUG trioproto\.access: connection 1 from 127\.0\.0\.1:\d+ to 127\.0\.0\.1:{port}: "
+        r"ended after \d\.\d{3} s, 10 bytes received, 4 sent, 1 requests\n",
+        log,
+    )
 
 
 def test_verbose_workers() -> None:
@@ -445,7 +459,7 @@ def test_verbose_workers() -> None:
         for process, number in ((server, port), (others, other_port)):
             assert process.stderr is not None
             assert run("op-client", "--port", number, "1", "2", "+").stdout == b"3\n"
-            read_until(process.stderr.fileno(), f"connection 1 to 127.0.0.1:{number} ended\n".encode())
+            read_until(process.stderr.fileno(), f" to 127.0.0.1:{number}: ended after ".encode())
 
 
 # Clients with arguments

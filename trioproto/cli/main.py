@@ -91,6 +91,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 async def _serve(args: argparse.Namespace) -> None:
     level = logging.DEBUG if args.verbose else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if args.access_log:
+        logging.getLogger("trioproto.access").setLevel(logging.DEBUG)
     context = _server_context(args)
     if args.stop_at_eof:
         check_input()
@@ -166,8 +168,7 @@ def _worker_command(args: argparse.Namespace, fds: Sequence[int]) -> list[str]:
         value = getattr(args, option)
         if value is not None:
             command.append(f"--{option.replace('_', '-')}={value}")
-    if args.verbose:
-        command.append("--verbose")
+    command += [f"--{option.replace('_', '-')}" for option in ("access_log", "verbose") if getattr(args, option)]
     return command
 
 
@@ -496,7 +497,8 @@ def _add_server_options(command: argparse.ArgumentParser, protocol: str) -> None
     )
     command.add_argument("--stop-at-eof", action="store_true", help="stop, too, when standard input ends")
     command.add_argument("--tick", type=seconds, metavar="SECONDS", help="log a line of statistics this often")
-    command.add_argument("-v", "--verbose", action="store_true", help="log each connection")
+    command.add_argument("--access-log", action="store_true", help="log a record of each connection when it ends")
+    command.add_argument("-v", "--verbose", action="store_true", help="log each connection when it begins, too")
 
 
 def _add_client_options(command: argparse.ArgumentParser, protocol: str) -> None:

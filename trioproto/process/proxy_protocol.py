@@ -20,7 +20,7 @@ import trio
 
 from trioproto.addresses import failure_reason
 from trioproto.connection import FIRST_REQUEST_GRACE
-from trioproto.draining import Accepted, accepted_as
+from trioproto.draining import Accepted, Ending, accepted_as
 from trioproto.limits import ClientLimit
 from trioproto.streams import IncompleteReadError, receive_exactly
 from trioproto.transport import close_as_broken
@@ -237,6 +237,7 @@ async def _refuse(accepted: Accepted) -> None:
 async def _learn_client(accepted: Accepted, stream: trio.abc.Stream, header_timeout: float) -> bool:
     """Receive the header, and note whom it names. Return False, after a line in the log, if there is none."""
     proxy = accepted.peer
+    how: Ending = "late"
     level, what = logging.WARNING, "timed out, awaiting a PROXY header"
     try:
         earliest = accepted.at + FIRST_REQUEST_GRACE
@@ -247,12 +248,15 @@ async def _learn_client(accepted: Accepted, stream: trio.abc.Stream, header_time
             _log.debug("%s to %s: a PROXY header names %s", proxy, accepted.server, accepted.peer)
             return True
         if stop.cancelled_caught:
-            level, what = logging.DEBUG, "the server stops"
+            how, level, what = "stopped", logging.DEBUG, "the server stops"
     except HeaderError as error:
-        what = str(error)
+        how, what = "malformed", str(error)
     except IncompleteReadError as error:  # a health check may just connect, and end that
-        level, what = logging.WARNING if error.partial else logging.DEBUG, f"no PROXY header: {error}"
+        how, level = "ended", logging.WARNING if error.partial else logging.DEBUG
+        what = f"no PROXY header: {error}"
     except trio.BrokenResourceError as error:
-        level, what = logging.DEBUG, f"broke the connection, awaiting a PROXY header: {failure_reason(error)}"
+        how, level = "reset", logging.DEBUG
+        what = f"broke the connection, awaiting a PROXY header: {failure_reason(error)}"
+    accepted.how = how
     _log.log(level, "%s to %s: %s", proxy, accepted.server, what)
     return False

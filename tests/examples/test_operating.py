@@ -1,0 +1,65 @@
+"""The operators' manual tells the truth."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from trioproto.draining import ENDINGS
+
+ROOT = Path(__file__).parents[2]
+MANUAL = (ROOT / "examples" / "operating" / "README.md").read_text()
+LEVELS = {"debug", "info", "warning", "error", "exception", "critical", "log"}
+
+
+def section(name: str) -> str:
+    """Return a section of the manual."""
+    return re.split(r"^## ", MANUAL.split(f"\n## {name}\n")[1], flags=re.MULTILINE)[0]
+
+
+def rows(text: str, header: str) -> list[list[str]]:
+    """Return the cells of the table that begins with ``header``."""
+    table = text.split(f"\n{header}\n")[1].split("\n\n", maxsplit=1)[0]
+    return [[cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in table.splitlines()[1:]]
+
+
+def events(source: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield the logger, level and message of each call of a logger's method in a file, or partial call of one."""
+    tree = ast.parse(source.read_text())
+    module = ".".join(source.relative_to(ROOT).with_suffix("").parts)
+    loggers: dict[str, str] = {}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Assign(
+                targets=[ast.Name(id=name)],
+                value=ast.Call(func=ast.Attribute(value=ast.Name(id="logging"), attr="getLogger"), args=[argument]),
+            ):
+                loggers[name] = str(argument.value) if isinstance(argument, ast.Constant) else module
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        for part in (node.func, *node.args):
+            match part:
+                case ast.Attribute(value=ast.Name(id=name), attr=level) if name in loggers and level in LEVELS:
+                    [message, *_] = [
+                        argument.value
+                        for argument in node.args
+                        if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
+                    ]
+                    yield loggers[name], "DEBUG or WARNING" if level == "log" else level.upper(), message
+
+
+def test_events() -> None:
+    """The table of events has each one that the code logs, and no other; a level that varies is one of the two."""
+    found = [event for source in sorted((ROOT / "trioproto").rglob("*.py")) for event in events(source)]
+    listed = [
+        tuple(row[:3]) for row in rows(section("Events"), "| logger | level | message | fields | what it means |")
+    ]
+    assert sorted(listed) == sorted(found)
+    assert len(found) > 15
+
+
+def test_endings() -> None:
+    """The manual explains each word for how a connection ended."""
+    listed = [how for how, _ in rows(section("Events"), "| how | what ended the connection |")]
+    assert listed == list(ENDINGS)
