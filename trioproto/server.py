@@ -3,6 +3,16 @@
 `serve_tcp` and `serve_listeners` take the same arguments as Trio's functions of these names (``handler_nursery``
 aside) and more on top. A handler is ``async def handler(stream) -> None``; the server knows nothing of what it
 speaks.
+
+Who supervises whom::
+
+    the task that awaits serve_listeners: waits for `shutdown`, then for all below
+    └── nursery: cancels what is left when the grace period is over
+        ├── _Acceptor.run, for each listener: accepts, and starts the tasks of connections
+        ├── _Connections._run, for each connection: awaits the handler; a crash is logged, and ends here
+        │   └── nursery of a `trioproto.Connection` with `max_unsent`
+        │       └── Connection._send_what_is_pushed
+        └── close_as_broken, for each connection that is refused
 """
 
 import contextlib

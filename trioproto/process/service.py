@@ -2,6 +2,15 @@
 
 `serve_until_signal` is for a server in one process. `trioproto.process.workers.supervise_until_signal` does the same
 for several. `run_until_signal` is what both have in common: listeners, signals, and the order of things in a stop.
+
+Who supervises whom::
+
+    the task that awaits serve_until_signal, mostly trio.run's main task
+    └── nursery of run_until_signal: cancelled by a second signal, and when the server has returned
+        ├── _heed_signals: the first signal sets `stopping`
+        ├── _heed_stdin, with `stop_at_eof`: so does the end of standard input
+        ├── stop: then lets in no new connections, and sets `shutdown`
+        └── nursery of serve_listeners, which the same task awaits: see trioproto/server.py
 """
 
 import contextlib

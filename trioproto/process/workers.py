@@ -1,4 +1,18 @@
-"""Worker processes that share listening sockets, supervised by one nursery."""
+"""Worker processes that share listening sockets, supervised by one nursery.
+
+Who supervises whom::
+
+    the task that awaits supervise_until_signal, mostly trio.run's main task
+    └── nursery of run_until_signal, with its tasks: see service.py
+        └── nursery of supervise_until_signal
+            ├── _notify_systemd: that the workers are ready, and alive
+            └── nursery of supervise_workers
+                └── _Supervision.keep_running, for each worker: starts it, and another one when it has died
+                    └── nursery, as long as that process runs
+                        ├── stop: in a stop, ends its standard input, and kills it if it is late
+                        ├── watch: kills it if it hangs
+                        └── the process, whose tasks are those in service.py
+"""
 
 import contextlib
 import functools
