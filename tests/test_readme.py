@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -50,14 +51,7 @@ def test_app() -> None:
 @pytest.mark.parametrize("protocol", ["echo", "op"])
 def test_options(protocol: str) -> None:
     """The table for operators lists each option of a server, with its default, and no other."""
-    help_ = subprocess.run(
-        [sys.executable, "-m", "trioproto", protocol, "--help"],
-        check=False,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=30,
-    ).stdout
+    help_ = run(protocol, "--help").stdout.decode()
     table = README.partition("## For operators")[2].partition("\n\nThe log")[0]
     assert set(re.findall(r"--[a-z][a-z-]+", table)) == set(re.findall(r"--[a-z][a-z-]+", help_)) - {
         "--help",

@@ -1,4 +1,7 @@
-"""The command line, as its user meets it: commands as processes of their own, on pipes and on terminals."""
+"""The command line, as its user meets it, on pipes and on terminals.
+
+Servers, and what a signal, a terminal or a closed stream does, are processes of their own.
+"""
 
 import contextlib
 import os
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run
 
 from trioproto.cli.main import main
 
@@ -60,7 +64,7 @@ def command(*arguments: str | bytes) -> list[str | bytes]:
     return [sys.executable, "-m", "trioproto", *arguments]
 
 
-def run(*arguments: str | bytes, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+def run_process(*arguments: str | bytes, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(command(*arguments), input=stdin, capture_output=True, timeout=TIMEOUT, check=False)
 
 
@@ -203,7 +207,7 @@ def much(tmp_path: Path) -> Path:
 
 def test_version() -> None:
     """``--version`` prints the program's name and version."""
-    done = run("--version")
+    done = run_process("--version")
     assert (done.returncode, done.stdout) == (0, f"trioproto {metadata.version('trioproto')}\n".encode())
 
 
@@ -513,7 +517,7 @@ def test_echo_dialogue(typed: bytes, answered: bytes, echo_port: str) -> None:
 def test_echo_dialogue_with_a_long_line(echo_port: str) -> None:
     """A line may be longer than what a pipe holds."""
     line = b"x" * 200_000
-    done = run("echo-client", "--port", echo_port, stdin=line + b"\n")
+    done = run_process("echo-client", "--port", echo_port, stdin=line + b"\n")
     assert b"Message from server: " + line + b"\n" in done.stdout
 
 
@@ -585,7 +589,7 @@ def test_op_dialogue_at_terminal(op_port: str) -> None:
 
 def test_pipe(echo_port: str) -> None:
     """``--stdin`` sends its input and writes the echo at once, each byte as it was, and nothing else anywhere."""
-    done = run("echo-client", "--port", echo_port, "--stdin", stdin=MUCH)
+    done = run_process("echo-client", "--port", echo_port, "--stdin", stdin=MUCH)
     assert done.stdout == MUCH
     assert (done.returncode, done.stderr) == (0, b"")
 

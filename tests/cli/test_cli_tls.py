@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trustme
+from commands import run
 
 TIMEOUT = 30.0
 COMMAND = [sys.executable, "-m", "trioproto"]
@@ -44,8 +45,7 @@ def port(files: Path) -> Iterator[str]:
 
 
 def ask(port: str, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    words = [*COMMAND, "echo-client", "--port", port, "--tls", *arguments]
-    return subprocess.run(words, input=stdin, capture_output=True, timeout=TIMEOUT, check=False)
+    return run("echo-client", "--port", port, "--tls", *arguments, stdin=stdin)
 
 
 def with_certificate(files: Path) -> list[str]:
@@ -68,7 +68,8 @@ def test_echo(files: Path, port: str) -> None:
 def test_pipe(files: Path, port: str) -> None:
     """``--stdin`` needs no half-close, which TLS does not have."""
     data = bytes(range(256)) * 4096
-    done = ask(port, *with_certificate(files), "--stdin", stdin=data)
+    words = [*COMMAND, "echo-client", "--port", port, "--tls", *with_certificate(files), "--stdin"]
+    done = subprocess.run(words, input=data, capture_output=True, timeout=TIMEOUT, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout == data
 
@@ -90,7 +91,7 @@ def test_unix_socket(files: Path, name: str, status: int, tmp_path: Path) -> Non
         assert server.stdout is not None
         server.stdout.readline()
         words = f"op-client --unix {path} --tls --tls-ca {files}/ca.pem 1 2 +"
-        done = subprocess.run([*COMMAND, *words.split()], capture_output=True, timeout=TIMEOUT, check=False)
+        done = run(*words.split())
         server.terminate()
         assert server.wait(TIMEOUT) == 0
     if status == 0:
@@ -116,8 +117,7 @@ def test_client_files_that_are_none(port: str) -> None:
 
 def test_server_files_that_are_none(files: Path) -> None:
     """TLS files that a server cannot use are a failure that says what they must be."""
-    words = [*COMMAND, "op", "--port", "0", "--tls-cert", f"{files}/ca.pem"]
-    done = subprocess.run(words, capture_output=True, timeout=TIMEOUT, check=False)
+    done = run("op", "--port", "0", "--tls-cert", f"{files}/ca.pem")
     assert "they must be PEM files" in failure(done)
 
 
@@ -133,7 +133,7 @@ def test_server_files_that_are_none(files: Path) -> None:
 )
 def test_option_without_effect(words: str, complaint: str) -> None:
     """An option that would be without effect is refused: nobody shall believe to be safe who is not."""
-    done = subprocess.run([*COMMAND, *words.split()], capture_output=True, timeout=TIMEOUT, check=False)
+    done = run(*words.split())
     assert done.returncode == 2
     assert complaint in done.stderr.decode()
 
