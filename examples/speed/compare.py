@@ -8,7 +8,7 @@ Run it on a quiet machine with Linux, a C compiler and OpenSSL's headers (Debian
 about ten minutes. In a clone of trioproto::
 
     pip install '.[speed]'
-    python examples/speed/compare.py [--write DIRECTORY] [--readme FILE]
+    python examples/speed/compare.py [--write DIRECTORY]
 
 Look for the ratios: 2 means that trioproto answers twice as much as that peer, 0.5 half as much. In the chart, look for
 the thin lines, too: they go from the smallest ratio of a round to the greatest. Where they are long, the machine was
@@ -45,8 +45,6 @@ HERE = Path(__file__).parent
 PEERS = ["trio", "asyncio-streams", "asyncio-protocol", "uvloop-streams", "uvloop-protocol"]
 LOG_LINES = 10  # of a server's log, shown when it fails
 BUSY = 0.95  # from this share of the time on, it may be the load generator that limits the rate
-# Between these two lines, a README has the table.
-BEGIN, END = "<!-- what follows is written by examples/speed/compare.py -->\n", "<!-- end of what it writes -->\n"
 
 
 @attrs.frozen
@@ -326,19 +324,6 @@ def table(results: Sequence[Result], notes: Sequence[str]) -> str:
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 
 
-def put_into_readme(readme: Path, text: str) -> None:
-    """Replace what is between the lines `BEGIN` and `END` of a README.
-
-    Raises:
-        ComparisonError: if it does not have the two lines.
-    """
-    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ComparisonError(f"{readme} does not have the two lines between which the table belongs")
-    readme.write_text(f"{before}{begin}{text}{end}{after}", encoding="utf-8")
-
-
 STYLE = """
     text { font: 13px system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: #1f2328 }
     .title { font-size: 17px; font-weight: 600; text-anchor: middle }
@@ -525,7 +510,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=count, default=5, help="how often each server is measured (default 5)")
     parser.add_argument("--seconds", type=seconds, default=1.0, help="how long each time (default 1)")
     parser.add_argument("--write", type=Path, metavar="DIRECTORY", help="write comparison.md and comparison.svg there")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="replace the table in this README")
     return parser.parse_args()
 
 
@@ -566,8 +550,6 @@ def main() -> None:
             if args.write is not None:
                 (args.write / "comparison.md").write_text(text, encoding="utf-8")
                 (args.write / "comparison.svg").write_text(chart(results, notes), encoding="utf-8")
-            if args.readme is not None:
-                put_into_readme(args.readme, text)
         except ComparisonError as error:
             sys.exit(f"compare.py: {error}")
 

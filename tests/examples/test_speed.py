@@ -114,12 +114,11 @@ def measure_program(loads: dict[bool, Path], workload: Any, program: str) -> Any
 @pytest.mark.usefixtures("loads")
 def test_comparison_prints_the_table_and_writes_it_with_the_chart(tmp_path: Path) -> None:
     """One command runs every kind of load on trioproto and a peer, and gives the results as a table and a chart."""
-    directory, readme = tmp_path / "new" / "directory", tmp_path / "README.md"
-    readme.write_text(f"before\n{example['BEGIN']}what was there\n{example['END']}after\n", encoding="utf-8")
+    directory = tmp_path / "new" / "directory"
     workloads = ["echo-100", "op", "pipe", "bulk", "tls-echo-10", "tls-op"]
     arguments = ["--workloads", *workloads, "--peers", "asyncio-streams", "--rounds", "1", "--seconds", "0.05"]
     done = subprocess.run(
-        [sys.executable, EXAMPLE, *arguments, "--write", directory, "--readme", readme],
+        [sys.executable, EXAMPLE, *arguments, "--write", directory],
         check=False,
         capture_output=True,
         text=True,
@@ -129,7 +128,6 @@ def test_comparison_prints_the_table_and_writes_it_with_the_chart(tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert "failed" not in done.stderr
     assert (directory / "comparison.md").read_text(encoding="utf-8") == done.stdout
-    assert readme.read_text(encoding="utf-8") == f"before\n{example['BEGIN']}{done.stdout}{example['END']}after\n"
     header, _, *rows = cells_of(done.stdout)
     assert header == ["workload", "", "trioproto", "asyncio-streams"]
     titles = [example["WORKLOADS"][workload].title for workload in workloads]
@@ -308,14 +306,3 @@ def test_limit_of_the_load_stands_under_the_table() -> None:
     notes = example["describe"]([limited], 1, 0.05, (0, 1))
 
     assert "In “echo”, trio may do more: the load generator was the limit." in notes
-
-
-def test_readme_without_a_place_for_the_table(tmp_path: Path) -> None:
-    """A README that does not say where the table belongs is left alone."""
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{example['BEGIN']}no end\n", encoding="utf-8")
-
-    with pytest.raises(example["ComparisonError"], match="does not have the two lines"):
-        example["put_into_readme"](readme, "table\n")
-
-    assert readme.read_text(encoding="utf-8") == f"{example['BEGIN']}no end\n"
