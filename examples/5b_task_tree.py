@@ -256,7 +256,6 @@ STYLE = """
     }
 """
 
-
 WIDTH, LEFT, TOP, ROW, SECOND = 860, 196, 84, 24, 206  # pixels
 
 
@@ -283,10 +282,11 @@ def draw_bar(bar: Bar, y: int) -> Iterator[str]:
     for tick in bar.ticks:
         yield f'<path class="tick" d="M{x(tick)} {y + 3} v18"/>'
     if bar.ending.startswith("crashed"):
-        yield f'<path class="crashed" d="M{x(bar.end) - 5} {y + 7} l10 10 m0 -10 l-10 10"/>'
+        yield f'<path class="crashed" d="M{x(bar.end) - 5:g} {y + 7} l10 10 m0 -10 l-10 10"/>'
     if bar.ending == "cancelled":
         yield f'<path class="cancelled" d="M{x(bar.end)} {y + 2} v20"/>'
-    yield text("note", x(bar.end) + 10, y + 16, bar.ending)
+    if bar.ending:
+        yield text("note", x(bar.end) + 10, y + 16, bar.ending)
 
 
 def draw_frame(tasks: list[Bar], y: int, margin: int) -> str:
