@@ -758,15 +758,31 @@ async def test_another_servers_protocol(server: str, protocol: str, complaint: s
 
 
 BENCH = [sys.executable, "-m", "trioproto", "bench"]
-QUICK = [*BENCH, "echo", "--connections", "1", "--duration", "0.1"]
+
+# Runs the command line, and in place of this Python the program that is given first.
+WITH_FAKE_PYTHON = """
+import sys
+from trioproto.cli.main import main
+sys.executable = sys.argv.pop(1)
+sys.exit(main())
+"""
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> list[str]:
+    """A bench whose load generator has measured already: what is tested is what becomes of the report."""
+    measured = Measurement(seconds=0.1, answered=100)
+    measured.record(0.0002, 100)
+    fake = fake_python(tmp_path, f"echo '{Measurement().to_json()}'; read _; echo '{measured.to_json()}'")
+    return [sys.executable, "-c", WITH_FAKE_PYTHON, fake, "bench", "echo", "--port", "1"]
 
 
 @pytest.mark.parametrize(
     "settings", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
 )
-def test_a_terminal_of_ascii(settings: dict[str, str]) -> None:
+def test_a_terminal_of_ascii(settings: dict[str, str], quick: list[str]) -> None:
     """The report needs no character that is not in ASCII."""
-    done = subprocess.run(QUICK, env=os.environ | settings, capture_output=True, check=True, timeout=20)
+    done = subprocess.run(quick, env=os.environ | settings, capture_output=True, check=True, timeout=20)
     assert done.stdout.isascii()
     assert re.search(rb"\d us|\d ms", done.stdout)
     assert b"#" in done.stdout
@@ -781,17 +797,16 @@ def test_a_terminal_of_ascii(settings: dict[str, str]) -> None:
         (">&-", "cannot write to standard output: Bad file descriptor"),
     ],
 )
-def test_a_report_that_nobody_gets(redirection: str, complaint: str) -> None:
+def test_a_report_that_nobody_gets(redirection: str, complaint: str, quick: list[str]) -> None:
     """A report that cannot be written is a failure, in one line."""
     script = f'{{ "$@" 3>&-; echo "status $?" >&3; }} 3>&2 {redirection}'
-    done = subprocess.run(["sh", "-c", script, "sh", *QUICK], capture_output=True, check=False, timeout=20, text=True)
-    _, *lines = done.stderr.splitlines()  # the first is the server's last word
-    assert lines == [f"trioproto: {complaint}", "status 1"]
+    done = subprocess.run(["sh", "-c", script, "sh", *quick], capture_output=True, check=False, timeout=20, text=True)
+    assert done.stderr.splitlines() == [f"trioproto: {complaint}", "status 1"]
 
 
-def test_standard_error_closed() -> None:
+def test_standard_error_closed(quick: list[str]) -> None:
     """Progress and messages have nowhere to go then; the report has."""
-    done = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *QUICK], stdout=subprocess.PIPE, check=True, timeout=20)
+    done = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *quick], stdout=subprocess.PIPE, check=True, timeout=20)
     assert b"answered" in done.stdout
 
 
@@ -836,15 +851,6 @@ def terminal_pair() -> tuple[int, int]:
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
     return ours, theirs
-
-
-# Runs the command line, and in place of this Python the program that is given first.
-WITH_FAKE_PYTHON = """
-import sys
-from trioproto.cli.main import main
-sys.executable = sys.argv.pop(1)
-sys.exit(main())
-"""
 
 
 @contextlib.contextmanager
