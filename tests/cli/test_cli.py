@@ -250,6 +250,11 @@ def test_help(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
         ("op-client --port -1", "argument --port: must be between 0 and 65535, not '-1'"),
         ("echo --fd 99999999999", "argument --fd: must be between 0 and 2147483647, not '99999999999'"),
         ("echo --workers 0", "argument --workers: must be at least 1, not '0'"),
+        ("op --max-connections-per-client 0", "argument --max-connections-per-client: must be at least 1, not '0'"),
+        (
+            "op --proxy-protocol 10.0.0.1/8",
+            "argument --proxy-protocol: must be an address, a network, or 'unix': 10.0.0.1/8 has host bits set",
+        ),
         ("echo --tick often", "argument --tick: must be a number, not 'often'"),
         ("op --tick 0", "argument --tick: must be above 0, not '0'"),
         ("op --tick inf", "argument --tick: must be a number, not 'inf'"),

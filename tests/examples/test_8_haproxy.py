@@ -1,5 +1,6 @@
 import contextlib
 import functools
+import logging
 import os
 import re
 import runpy
@@ -15,6 +16,7 @@ import trio
 
 from trioproto import op_handler, op_request, receive_exactly, serve_tcp
 from trioproto.addresses import format_address
+from trioproto.process.proxy_protocol import behind_proxies, trusted_network
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "8_haproxy" / "rolling_restart.py"
 example = runpy.run_path(str(EXAMPLE))
@@ -110,7 +112,8 @@ async def balanced(
         async with trio.open_nursery() as nursery:
             for name, shutdown in shutdowns.items():
                 handler = other_handlers.get(name, op_handler)
-                serve = functools.partial(serve_tcp, handler, 0, host="127.0.0.1", shutdown=shutdown)
+                behind = behind_proxies(handler, [trusted_network("127.0.0.1")], 30, None)
+                serve = functools.partial(serve_tcp, behind, 0, host="127.0.0.1", shutdown=shutdown)
                 (listener,) = await nursery.start(serve)
                 environment[name.upper()] = format_address(listener.socket.getsockname())
             environment["OP_FRONTEND"] = format_address(reserved.getsockname())
@@ -121,9 +124,9 @@ async def balanced(
             nursery.cancel_scope.cancel()
 
 
-async def connect(port: int) -> trio.SocketStream:
+async def connect(port: int, source: str | None = None) -> trio.SocketStream:
     """A connection that a server is known to have, for it has answered."""
-    stream = await trio.open_tcp_stream("127.0.0.1", port)
+    stream = await trio.open_tcp_stream("127.0.0.1", port, local_address=source)
     assert await op_request(stream, [40, 2], "+") == 42
     return stream
 
@@ -191,3 +194,16 @@ async def test_server_that_stops_may_finish_its_requests(tmp_path: Path) -> None
         assert await receive_exactly(stream, 4) == b"\x2a\0\0\0"
         assert await stream.receive_some() == b""
         await stream.aclose()
+
+
+@needs_haproxy
+async def test_servers_see_the_clients(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A server's log names HAProxy's client, and not HAProxy; a health check is HAProxy itself, and no warning."""
+    caplog.set_level(logging.DEBUG, "trioproto")
+    async with balanced(tmp_path) as (_haproxy, port, _shutdowns), await connect(port, "127.0.0.77") as stream:
+        client = format_address(stream.socket.getsockname())
+        await stream.send_all(b"\0")
+        assert await stream.receive_some() == b""
+    [warning] = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert re.fullmatch(re.escape(client) + r" to 127\.0\.0\.1:\d+: protocol error: .*", warning)
+    assert any(re.fullmatch(r"(127\.0\.0\.1:\d+) to .*: a PROXY header names \1", line) for line in caplog.messages)

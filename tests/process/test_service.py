@@ -483,6 +483,8 @@ async def test_port_in_use(free_port: int) -> None:
         ({"host": []}, "there must be a port"),
         ({"max_connections": 0}, "max_connections is 0"),
         ({"max_connections_per_client": 0}, "max_connections_per_client is 0"),
+        ({"proxy_protocol": ["10.0.0.1/8"]}, "has host bits set"),
+        ({"proxy_timeout": 0}, "proxy_timeout is 0"),
         ({"grace_period": -1}, "grace_period is -1"),
         ({"tick": 0}, "tick is 0"),
         ({"on_tick": print}, "on_tick needs a tick"),

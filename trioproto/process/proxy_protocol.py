@@ -36,8 +36,9 @@ _V1 = b"PROXY"
 _V1_SHORTEST = len(b"PROXY UNKNOWN\r\n")
 _V1_LONGEST = 107
 _V1_LINE = re.compile(
-    rb"PROXY (?:UNKNOWN(?: [^\r\n]*)?|"
-    rb"(TCP4|TCP6) ([0-9A-Fa-f.:]+) ([0-9A-Fa-f.:]+) (0|[1-9][0-9]{0,4}) (0|[1-9][0-9]{0,4}))\r\n"
+    rb"PROXY (?:UNKNOWN(?: .*)?|"
+    rb"(TCP4|TCP6) ([0-9A-Fa-f.:]+) ([0-9A-Fa-f.:]+) (0|[1-9][0-9]{0,4}) (0|[1-9][0-9]{0,4}))\r\n",
+    re.DOTALL,
 )
 _MAX_PORT = 0xFFFF
 
@@ -186,8 +187,10 @@ def is_trusted(address: object, trusted: Sequence[Network | str]) -> bool:
             if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
                 ip = ip.ipv4_mapped
             return any(ip in network for network in trusted if not isinstance(network, str))
-        case _:
+        case str() | bytes():  # of a UNIX socket
             return UNIX in trusted
+        case _:
+            return False
 
 
 def behind_proxies(
