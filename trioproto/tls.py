@@ -34,7 +34,8 @@ class TLSStream(trio.abc.HalfCloseableStream):
 
     Args:
         stream: the socket. Nobody else may use it from here on.
-        context: certificates and settings.
+        context: certificates and settings. There is no renegotiation (TLS 1.2): a peer that asks for it breaks the
+            connection. `ssl.OP_NO_RENEGOTIATION` tells it so.
         server_side: whether this is the server's side of the connection.
         server_hostname: on a client's side, whose certificate the server has to show.
 

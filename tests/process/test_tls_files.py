@@ -123,6 +123,13 @@ def test_old_versions(client: ssl.SSLContext, server: ssl.SSLContext) -> None:
     assert server.minimum_version >= ssl.TLSVersion.TLSv1_2
 
 
+def test_no_renegotiation(client: ssl.SSLContext, server: ssl.SSLContext) -> None:
+    """In TLS 1.2, neither side lets the other begin a second handshake in the middle of a conversation."""
+    for context, name in ((client, "localhost"), (server, None)):
+        begun = context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_side=name is None, server_hostname=name)
+        assert begun.context.options & ssl.OP_NO_RENEGOTIATION
+
+
 @pytest.mark.parametrize(
     ("ca", "name"), [("other_ca", "localhost"), ("ca", "another.invalid"), (None, "localhost")], ids=str
 )

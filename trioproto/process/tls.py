@@ -50,6 +50,7 @@ def server_context(cert: str, key: str | None, client_ca: str | None) -> ServerC
 
 def _load_server_context(cert: str, key: str | None, client_ca: str | None) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.options |= ssl.OP_NO_RENEGOTIATION  # RFC 9325, section 3.5
     _load_cert(context, cert, key)
     if client_ca is not None:
         try:
@@ -75,6 +76,7 @@ def client_context(ca: str | None, cert: str | None, key: str | None) -> ssl.SSL
         context = ssl.create_default_context(cafile=ca)
     except OSError as error:
         raise _certificates_error(str(ca), error) from None
+    context.options |= ssl.OP_NO_RENEGOTIATION
     if cert is not None:
         _load_cert(context, cert, key)
     return context
