@@ -170,7 +170,7 @@ async def test_flood(flood: str, nursery: trio.Nursery) -> None:
 
 
 @pytest.mark.parametrize("slow", [False, True], ids=["fast reader", "slow reader"])
-async def test_one_large_message(tls: bool, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
+async def test_one_large_message(*, tls: bool, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """While one large message is sent, other tasks have their turns, and no copy of it is made."""
     size = 32 * 2**20
     message = memoryview(bytearray(size))

@@ -13,6 +13,7 @@ from helpers import (
     Sticky,
     Stream,
     connected,
+    connected_streams,
     fill,
     receive_to_end,
     request_bytes,
@@ -28,7 +29,6 @@ from trioproto import (
     ProtocolError,
     op_handler,
     receive_exactly,
-    serve_tcp,
 )
 from trioproto.transport import LINGER_BYTES, LINGER_SECONDS, LINGER_SILENCE
 
@@ -199,6 +199,8 @@ async def test_reset_in_a_nursery(
     sent: bytes,
     use: Callable[[Connection], Awaitable[object]],
     max_unsent: int | None,
+    *,
+    tls: bool,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A client that resets the connection ends the block quietly, also out of a nursery inside it."""
@@ -211,7 +213,7 @@ async def test_reset_in_a_nursery(
             nursery.start_soon(trio.sleep_forever)
         ended.set()
 
-    async with connected(handler) as client:
+    async with connected(handler, tls=tls) as client:
         await client.send_all(sent)
         await trio.testing.wait_all_tasks_blocked(0.01)
         reset(client)
@@ -344,28 +346,24 @@ async def test_no_linger_for_a_client_that_has_ended(autojump_clock: trio.testin
     assert await receive_to_end(client) == b"hello"
 
 
-async def test_linger_on_a_socket(nursery: trio.Nursery, caplog: pytest.LogCaptureFixture) -> None:
+async def test_linger_on_a_socket(*, tls: bool, caplog: pytest.LogCaptureFixture) -> None:
     """A malformed request while the client sends on: all replies arrive, then end of stream, and no reset."""
-    [listener] = await nursery.start(partial(serve_tcp, op_handler, 0, host="127.0.0.1"))
-    with trio.fail_after(LIMIT):
-        async with await trio.testing.open_stream_to_socket_listener(listener) as client:
-            await client.send_all(ONE * 1000 + MALFORMED)
-            for _ in range(100):
-                await client.send_all(bytes(100_000))
-                await trio.sleep(0.001)
-            assert await receive_to_end(client) == b"\1\0\0\0" * 1000
+    async with connected(op_handler, tls=tls) as client:
+        await client.send_all(ONE * 1000 + MALFORMED)
+        for _ in range(100):
+            await client.send_all(bytes(100_000))
+            await trio.sleep(0.001)
+        assert await receive_to_end(client) == b"\1\0\0\0" * 1000
     assert len(caplog.messages) == 1
 
 
-async def test_linger_on_a_socket_is_bounded(nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_linger_on_a_socket_is_bounded(*, tls: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that floods a closing connection is disconnected."""
     monkeypatch.setattr("trioproto.transport.LINGER_BYTES", 10**6)
-    [listener] = await nursery.start(partial(serve_tcp, op_handler, 0, host="127.0.0.1"))
-    with trio.fail_after(LIMIT):
-        async with await trio.testing.open_stream_to_socket_listener(listener) as client:
-            await client.send_all(MALFORMED)
-            with pytest.raises(trio.BrokenResourceError):
-                await client.send_all(bytes(100_000_000))
+    async with connected(op_handler, tls=tls) as client:
+        await client.send_all(MALFORMED)
+        with pytest.raises(trio.BrokenResourceError):
+            await client.send_all(bytes(100_000_000))
 
 
 async def test_stream_without_half_close(autojump_clock: trio.testing.MockClock) -> None:
@@ -426,7 +424,7 @@ async def is_closed_while_sending(connection: Connection) -> None:
 
 
 @pytest.mark.parametrize("conversation", [fails, times_out, is_late_while_sending, is_closed_while_sending])
-async def test_cut_in_the_middle(conversation: Callable[[Connection], Awaitable[None]]) -> None:
+async def test_cut_in_the_middle(conversation: Callable[[Connection], Awaitable[None]], *, tls: bool) -> None:
     """A connection that is closed in the middle of what it was sending is reset: half must not look like the whole."""
 
     async def handler(stream: trio.SocketStream) -> None:
@@ -434,7 +432,7 @@ async def test_cut_in_the_middle(conversation: Callable[[Connection], Awaitable[
             async with Connection(stream, idle_timeout=0.3, request_timeout=0.3) as connection:
                 await conversation(connection)
 
-    async with connected(handler) as client:
+    async with connected(handler, tls=tls) as client:
         if conversation is is_late_while_sending:
             await client.send_all(b"hel")
         await trio.sleep(1)
@@ -442,9 +440,9 @@ async def test_cut_in_the_middle(conversation: Callable[[Connection], Awaitable[
             await receive_to_end(client)
 
 
-async def test_cancelled_in_the_middle() -> None:
+async def test_cancelled_in_the_middle(*, tls: bool) -> None:
     """So is one that is cancelled in the middle of a message."""
-    client, theirs = await socket_streams()
+    client, theirs = await connected_streams(tls=tls)
     with trio.fail_after(LIMIT):
         with trio.move_on_after(0.1):
             async with Connection(theirs) as connection:
@@ -455,9 +453,9 @@ async def test_cancelled_in_the_middle() -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"hello"])
-async def test_cut_between_messages(sent: bytes) -> None:
+async def test_cut_between_messages(sent: bytes, *, tls: bool) -> None:
     """A connection that is cut between two messages just ends; nothing that it sent is destroyed."""
-    client, theirs = await socket_streams()
+    client, theirs = await connected_streams(tls=tls)
     with trio.fail_after(LIMIT):
         async with client:
             with trio.move_on_after(0.05):
@@ -467,14 +465,11 @@ async def test_cut_between_messages(sent: bytes) -> None:
             assert await receive_to_end(client) == sent
 
 
-async def test_fin_after_a_whole_reply(nursery: trio.Nursery) -> None:
+async def test_fin_after_a_whole_reply(*, tls: bool) -> None:
     """A client that is late with its next request, and has taken all that it was sent, sees end of stream."""
-    handler = partial(op_handler, request_timeout=0.1)
-    [listener] = await nursery.start(partial(serve_tcp, handler, 0, host="127.0.0.1"))
-    with trio.fail_after(LIMIT):
-        async with await trio.testing.open_stream_to_socket_listener(listener) as client:
-            await client.send_all(ONE * 3 + ONE[:3])
-            assert await receive_to_end(client) == b"\1\0\0\0" * 3
+    async with connected(partial(op_handler, request_timeout=0.1), tls=tls) as client:
+        await client.send_all(ONE * 3 + ONE[:3])
+        assert await receive_to_end(client) == b"\1\0\0\0" * 3
 
 
 @pytest.mark.parametrize("max_unsent", [None, 1000])
@@ -492,9 +487,9 @@ async def test_bug_under_cancellation(max_unsent: int | None) -> None:
 
 
 @pytest.mark.parametrize("max_unsent", [None, 1000])
-async def test_task_outside_of_the_block_receives(max_unsent: int | None) -> None:
+async def test_task_outside_of_the_block_receives(max_unsent: int | None, *, tls: bool) -> None:
     """It learns that the block is over, and does not keep the client from getting everything and then end of stream."""
-    client, theirs = await socket_streams()
+    client, theirs = await connected_streams(tls=tls)
 
     async def receive(connection: Connection) -> None:
         with pytest.raises(trio.ClosedResourceError):

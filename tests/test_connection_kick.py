@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 import trio
 import trio.testing
-from helpers import LIMIT, Stream, connected, receive_to_end, served, socket_streams
+from helpers import LIMIT, Stream, connected, connected_streams, receive_to_end, served
 
 from trioproto import Connection
 
@@ -58,7 +58,13 @@ async def lingers(connection: Connection) -> None:
 
 @pytest.mark.parametrize("max_unsent", [None, 2**30])
 @pytest.mark.parametrize("conversation", [receives, requests, sends, waits, relays, does_both, ends, lingers])
-async def test_kick(conversation: Conversation, max_unsent: int | None, caplog: pytest.LogCaptureFixture) -> None:
+async def test_kick(
+    conversation: Conversation,
+    max_unsent: int | None,
+    *,
+    tls: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Closing from another task ends the block quietly whatever it is doing, also while it ends anyway."""
     connections = []
     ended = trio.Event()
@@ -69,7 +75,7 @@ async def test_kick(conversation: Conversation, max_unsent: int | None, caplog: 
             await conversation(connection)
         ended.set()
 
-    async with connected(handler):
+    async with connected(handler, tls=tls):
         await trio.testing.wait_all_tasks_blocked(0.05)
         assert not ended.is_set()
         with trio.fail_after(0.5):
@@ -168,9 +174,9 @@ async def test_bug_in_a_handler_that_is_kicked(strict: bool) -> None:  # noqa: F
         assert [type(error) for error in caught.value.exceptions] == [BugError]
 
 
-async def test_closing_drops_what_is_buffered() -> None:
+async def test_closing_drops_what_is_buffered(*, tls: bool) -> None:
     """Nothing that was pushed is sent, and nothing that had arrived is received."""
-    client, theirs = await socket_streams()
+    client, theirs = await connected_streams(tls=tls)
     connection = Connection(theirs)
     connection.push(b"hello")
     connection.unreceive(b"hello")

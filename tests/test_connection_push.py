@@ -199,7 +199,7 @@ async def test_no_wait_with_what_another_task_sends_by_then() -> None:
 
 @asynccontextmanager
 async def pushing(
-    max_unsent: int, wrap: Callable[[trio.abc.Stream], trio.abc.Stream] = lambda stream: stream
+    max_unsent: int, wrap: Callable[[trio.abc.Stream], trio.abc.Stream] = lambda stream: stream, *, tls: bool = False
 ) -> AsyncIterator[tuple[trio.SocketStream, Connection, trio.Event]]:
     """Run a handler that pushes nothing itself and waits for something else.
 
@@ -214,16 +214,16 @@ async def pushing(
             await trio.sleep_forever()
         ended.set()
 
-    async with connected(handler) as client:
+    async with connected(handler, tls=tls) as client:
         await trio.testing.wait_all_tasks_blocked(0.01)
         yield client, connections[0], ended
         await connections[0].aclose()
         await ended.wait()
 
 
-async def test_sent_at_once(caplog: pytest.LogCaptureFixture) -> None:
+async def test_sent_at_once(*, tls: bool, caplog: pytest.LogCaptureFixture) -> None:
     """What any task pushes is sent at once, whatever the handler waits for; so is what comes behind it."""
-    async with pushing(100) as (client, connection, _ended):
+    async with pushing(100, tls=tls) as (client, connection, _ended):
         for message in (b"one", b"two"):
             connection.push(message)
             assert await receive_exactly(client, 3) == message
@@ -263,9 +263,12 @@ async def test_more_than_max_unsent_that_the_system_takes(writes: list[bytes]) -
             assert not ended.is_set()
 
 
-async def test_overrun(caplog: pytest.LogCaptureFixture) -> None:
+async def test_overrun(*, tls: bool, caplog: pytest.LogCaptureFixture) -> None:
     """A client that does not take what is pushed is let go, wherever its handler is, and nobody else waits for it."""
-    async with pushing(10_000) as (slow, to_slow, slow_ended), pushing(10_000) as (fast, to_fast, fast_ended):
+    async with (
+        pushing(10_000, tls=tls) as (slow, to_slow, slow_ended),
+        pushing(10_000, tls=tls) as (fast, to_fast, fast_ended),
+    ):
         pushed = 0
         while not slow_ended.is_set():
             for connection in (to_slow, to_fast):
@@ -284,18 +287,18 @@ async def test_overrun(caplog: pytest.LogCaptureFixture) -> None:
         )
 
 
-async def test_push_of_one_large_message(caplog: pytest.LogCaptureFixture) -> None:
+async def test_push_of_one_large_message(*, tls: bool, caplog: pytest.LogCaptureFixture) -> None:
     """What the system does not take of one message counts like the rest."""
-    async with pushing(10_000) as (_client, connection, ended):
+    async with pushing(10_000, tls=tls) as (_client, connection, ended):
         connection.push(bytes(50_000_000))
         await ended.wait()
     [message] = caplog.messages
     assert "overrun" in message
 
 
-async def test_slow_client_below_max_unsent(caplog: pytest.LogCaptureFixture) -> None:
+async def test_slow_client_below_max_unsent(*, tls: bool, caplog: pytest.LogCaptureFixture) -> None:
     """A client that takes nothing for the idle time-out is let go although it is owed less than ``max_unsent``."""
-    async with pushing(2**30) as (client, connection, ended):
+    async with pushing(2**30, tls=tls) as (client, connection, ended):
         connection.push(bytes(50_000_000))
         await ended.wait()
         with pytest.raises(trio.BrokenResourceError):
@@ -304,10 +307,10 @@ async def test_slow_client_below_max_unsent(caplog: pytest.LogCaptureFixture) ->
     assert message.endswith(": timed out, awaiting room for a reply")
 
 
-async def test_pushed_while_the_client_is_slow() -> None:
+async def test_pushed_while_the_client_is_slow(*, tls: bool) -> None:
     """Below ``max_unsent``, everything arrives, in order, as the client takes it."""
     expected = b"".join(b"%07d\n" % number for number in range(100_000))
-    async with pushing(2**30) as (client, connection, _ended):
+    async with pushing(2**30, tls=tls) as (client, connection, _ended):
         filler = bytes(5_000_000)
         connection.push(filler)
         for start in range(0, len(expected), 80):
@@ -318,11 +321,11 @@ async def test_pushed_while_the_client_is_slow() -> None:
         assert connection.unsent == 0
 
 
-async def test_reset_while_nobody_uses_the_connection(caplog: pytest.LogCaptureFixture) -> None:
+async def test_reset_while_nobody_uses_the_connection(*, tls: bool, caplog: pytest.LogCaptureFixture) -> None:
     """A client that has reset the connection is let go with the next push, quietly, wherever its handler is."""
     caplog.set_level(logging.INFO, "trioproto")
     for size in (1, 10_000):  # as much as may be unsent, and more
-        async with pushing(100) as (client, connection, ended):
+        async with pushing(100, tls=tls) as (client, connection, ended):
             reset(client)
             await trio.sleep(0.01)
             connection.push(bytes(size))

@@ -16,6 +16,7 @@ from helpers import (
     Stream,
     client_tls,
     connected,
+    connected_streams,
     fill,
     receive_to_end,
     reset,
@@ -45,7 +46,15 @@ async def sockets() -> Ends:
     return client, Connection(theirs)
 
 
-@pytest.fixture(params=[(memory, memory), (sockets, sockets), (sockets, memory)], ids=["memory", "sockets", "both"])
+async def sockets_with_tls() -> Ends:
+    client, theirs = await connected_streams(tls=True)
+    return client, Connection(theirs)
+
+
+@pytest.fixture(
+    params=[(memory, memory), (sockets, sockets), (sockets, memory), (sockets_with_tls, sockets)],
+    ids=["memory", "sockets", "both", "TLS"],
+)
 async def proxy(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Ends, Ends]]:
     """A client with the connection to it, and an upstream server with the connection to that."""
     pairs = [await make() for make in request.param]
@@ -305,10 +314,10 @@ async def test_plain_target_that_takes_nothing(autojump_clock: trio.testing.Mock
 
 
 @pytest.mark.parametrize("plain", [False, True])
-async def test_client_that_breaks_off(plain: bool) -> None:  # noqa: FBT001
+async def test_client_that_breaks_off(plain: bool, *, tls: bool) -> None:  # noqa: FBT001
     """If the client breaks off, the target is reset when it is closed: what it was sent is not all that there was."""
-    client, theirs = await socket_streams()
-    server, ours = await socket_streams()
+    client, theirs = await connected_streams(tls=tls)
+    server, ours = await connected_streams(tls=tls)
     downstream = Connection(theirs)
     with trio.fail_after(LIMIT):
         async with server:

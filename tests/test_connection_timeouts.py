@@ -25,7 +25,7 @@ from helpers import (
     socket_streams,
 )
 
-from trioproto import ClientError, Connection, echo_handler, op_handler, serve_tcp
+from trioproto import ClientError, Connection, echo_handler, op_handler
 from trioproto.transport import SocketTransport
 
 ONE = request_bytes([1], "+")  # 6 bytes
@@ -129,34 +129,25 @@ async def test_takes_no_last_reply(caplog: pytest.LogCaptureFixture, autojump_cl
             assert caplog.messages == [line]
 
 
-async def test_takes_no_reply_on_a_socket(caplog: pytest.LogCaptureFixture, nursery: trio.Nursery) -> None:
+@pytest.mark.parametrize("handler", [echo_handler, op_handler])
+async def test_takes_no_reply_on_a_socket(handler: Handler, *, tls: bool, caplog: pytest.LogCaptureFixture) -> None:
     """On sockets, too, a client that sends on but never reads is ended after ``idle_timeout``."""
-    for handler in (echo_handler, op_handler):
-        caplog.clear()
-        [listener] = await nursery.start(partial(serve_tcp, partial(handler, idle_timeout=0.2), 0, host="127.0.0.1"))
-        with trio.fail_after(LIMIT):
-            async with await trio.testing.open_stream_to_socket_listener(listener) as client:
-                with pytest.raises(trio.BrokenResourceError):
-                    await client.send_all(ONE * 10_000_000)
-        [message] = caplog.messages
-        assert re.fullmatch(r"127.0.0.1:\d+ to 127.0.0.1:\d+: timed out, awaiting room for a reply", message)
+    async with connected(partial(handler, idle_timeout=0.2), tls=tls) as client:
+        with pytest.raises(trio.BrokenResourceError):
+            await client.send_all(ONE * 10_000_000)
+    [message] = caplog.messages
+    assert re.fullmatch(r"127.0.0.1:\d+ to 127.0.0.1:\d+: timed out, awaiting room for a reply", message)
 
 
-async def test_takes_the_reply_slowly(nursery: trio.Nursery, caplog: pytest.LogCaptureFixture) -> None:
+async def test_takes_the_reply_slowly(*, tls: bool, caplog: pytest.LogCaptureFixture) -> None:
     """A client that takes its reply slowly is none that takes nothing, however long all of it lasts."""
-    handler = partial(echo_handler, idle_timeout=0.5)
-    [listener] = await nursery.start(partial(serve_tcp, handler, 0, host="127.0.0.1"))
     size = 12 * 2**20
-    with trio.fail_after(LIMIT):
-        async with (
-            await trio.testing.open_stream_to_socket_listener(listener) as client,
-            trio.open_nursery() as sending,
-        ):
-            sending.start_soon(client.send_all, bytes(size))
-            received = 0
-            while received < size:
-                received += len(await client.receive_some(100_000))
-                await trio.sleep(0.01)
+    async with connected(partial(echo_handler, idle_timeout=0.5), tls=tls) as client, trio.open_nursery() as sending:
+        sending.start_soon(client.send_all, bytes(size))
+        received = 0
+        while received < size:
+            received += len(await client.receive_some(100_000))
+            await trio.sleep(0.01)
     assert caplog.messages == []
 
 
@@ -369,7 +360,7 @@ async def test_idle_while_it_is_sent_to(autojump_clock: trio.testing.MockClock) 
         assert trio.current_time() == pytest.approx(5 * 9 + 10)
 
 
-async def test_idle_while_it_is_sent_to_on_a_socket() -> None:
+async def test_idle_while_it_is_sent_to_on_a_socket(*, tls: bool) -> None:
     """The same on a socket, where what is sent is mostly taken at once."""
 
     async def handler(stream: trio.SocketStream) -> None:
@@ -383,7 +374,7 @@ async def test_idle_while_it_is_sent_to_on_a_socket() -> None:
             nursery.start_soon(send)
             await connection.receive_some()
 
-    async with connected(handler) as client:
+    async with connected(handler, tls=tls) as client:
         assert await receive_to_end(client) == b"news" * 5
 
 

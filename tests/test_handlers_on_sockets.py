@@ -7,15 +7,19 @@ import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
 from helpers import (
     LIMIT,
+    below,
     client_tls,
     fold_as_c_does,
     int32_bytes,
+    own_client_tls,
+    own_server_tls,
     receive_to_end,
     reply_bytes,
     request_bytes,
@@ -26,8 +30,7 @@ from helpers import (
 import trioproto
 from trioproto import echo_handler, echo_request, op_handler, op_request, receive_exactly
 
-Handler = Callable[[trio.abc.Stream], Awaitable[object]]
-SocketHandler = Callable[[trio.SocketStream], Awaitable[object]]
+Handler = Callable[[Any], Awaitable[object]]
 ServeTcp = Callable[..., Awaitable[object]]
 
 MIN = -(2**31)
@@ -48,29 +51,42 @@ def _no_handler_crashes(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR] == []
 
 
-async def start(nursery: trio.Nursery, serve_tcp: ServeTcp, handler: SocketHandler) -> trio.SocketListener:
+async def start(
+    nursery: trio.Nursery, serve_tcp: ServeTcp, handler: Handler, *, tls: bool = False
+) -> trio.SocketListener:
     """Start a server in ``nursery``."""
+    if tls:
+        handler = over_tls(handler)
     [listener] = await nursery.start(partial(serve_tcp, handler, 0, host="127.0.0.1"))
     assert isinstance(listener, trio.SocketListener)
     return listener
 
 
+def over_tls(handler: Handler) -> Handler:
+    """Serve ``handler`` behind TLS."""
+
+    async def handle(stream: trio.SocketStream) -> None:
+        await handler(own_server_tls(stream))
+
+    return handle
+
+
 @asynccontextmanager
 async def connected(
-    nursery: trio.Nursery, serve_tcp: ServeTcp, handler: SocketHandler
-) -> AsyncIterator[trio.SocketStream]:
+    nursery: trio.Nursery, serve_tcp: ServeTcp, handler: Handler, *, tls: bool = False
+) -> AsyncIterator[Any]:
     """Start a server, connect one client to it, and in the end see its handler to the end."""
     ended = trio.Event()
-    listener = await start(nursery, serve_tcp, ending(handler, ended))
-    async with await connect(listener) as client:
+    listener = await start(nursery, serve_tcp, ending(handler, ended), tls=tls)
+    async with await connect(listener, tls=tls) as client:
         yield client
     await ended.wait()
 
 
-def ending(handler: SocketHandler, ended: trio.Event) -> SocketHandler:
+def ending(handler: Handler, ended: trio.Event) -> Handler:
     """Wrap ``handler`` such that it sets ``ended`` in the end."""
 
-    async def handle(stream: trio.SocketStream) -> None:
+    async def handle(stream: trio.abc.Stream) -> None:
         try:
             await handler(stream)
         finally:
@@ -79,9 +95,14 @@ def ending(handler: SocketHandler, ended: trio.Event) -> SocketHandler:
     return handle
 
 
-async def connect(listener: trio.SocketListener) -> trio.SocketStream:
-    """Connect to ``listener``."""
-    return await trio.testing.open_stream_to_socket_listener(listener)
+async def connect(listener: trio.SocketListener, *, tls: bool = False) -> Any:
+    """Connect to ``listener``, and make the TLS handshake."""
+    stream = await trio.testing.open_stream_to_socket_listener(listener)
+    if not tls:
+        return stream
+    client = own_client_tls(stream)
+    await client.handshake()
+    return client
 
 
 # Clients that break the connection.
@@ -98,19 +119,25 @@ async def connect(listener: trio.SocketListener) -> trio.SocketStream:
     ],
 )
 async def test_reset(
-    handler: Handler, sent: bytes, serve_tcp: ServeTcp, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+    handler: Handler,
+    sent: bytes,
+    serve_tcp: ServeTcp,
+    *,
+    tls: bool,
+    nursery: trio.Nursery,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A client that resets the connection ends its handler and nothing else, without a warning."""
     caplog.set_level(logging.INFO, "trioproto")
     ended = trio.Event()
-    listener = await start(nursery, serve_tcp, ending(handler, ended))
+    listener = await start(nursery, serve_tcp, ending(handler, ended), tls=tls)
     with trio.fail_after(LIMIT):
-        client = await connect(listener)
+        client = await connect(listener, tls=tls)
         await client.send_all(sent)
         await trio.testing.wait_all_tasks_blocked(0.01)
         reset(client)
         await ended.wait()
-        async with await connect(listener) as another:
+        async with await connect(listener, tls=tls) as another:
             await another.send_eof()
             assert await another.receive_some() == b""
     assert caplog.messages == []
@@ -141,16 +168,18 @@ async def test_reset_while_the_server_sends(
     handler: Handler,
     request_: bytes,
     serve_tcp: ServeTcp,
+    *,
+    tls: bool,
     nursery: trio.Nursery,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A client that never reads and then resets frees the handler that was waiting to send to it."""
     caplog.set_level(logging.INFO, "trioproto")
     ended = trio.Event()
-    listener = await start(nursery, serve_tcp, ending(handler, ended))
+    listener = await start(nursery, serve_tcp, ending(handler, ended), tls=tls)
     with trio.fail_after(LIMIT):
-        client = await connect(listener)
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client = await connect(listener, tls=tls)
+        below(client).setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         async with trio.open_nursery() as sending:
             sending.start_soon(client.send_all, request_ * 10_000_000)
             # Once the buffers on the way are full, nothing moves any more.
@@ -165,10 +194,10 @@ async def test_reset_while_the_server_sends(
 # Clients that are only a little unusual.
 
 
-async def test_echo_after_half_close(serve_tcp: ServeTcp, nursery: trio.Nursery) -> None:
+async def test_echo_after_half_close(serve_tcp: ServeTcp, *, tls: bool, nursery: trio.Nursery) -> None:
     """A client that has sent its last still gets its echo, all of it, then end of stream."""
     message = random.Random(1).randbytes(1_000_000)
-    async with connected(nursery, serve_tcp, echo_handler) as client:
+    async with connected(nursery, serve_tcp, echo_handler, tls=tls) as client:
 
         async def send() -> None:
             await client.send_all(message)
@@ -180,10 +209,10 @@ async def test_echo_after_half_close(serve_tcp: ServeTcp, nursery: trio.Nursery)
                 assert await receive_to_end(client) == message
 
 
-async def test_op_after_half_close(serve_tcp: ServeTcp, nursery: trio.Nursery) -> None:
+async def test_op_after_half_close(serve_tcp: ServeTcp, *, tls: bool, nursery: trio.Nursery) -> None:
     """A client that has sent its last still gets its replies, all of them, then end of stream."""
     with trio.fail_after(LIMIT):
-        async with connected(nursery, serve_tcp, op_handler) as client:
+        async with connected(nursery, serve_tcp, op_handler, tls=tls) as client:
             await client.send_all(b"".join(request_bytes([number], "+") for number in range(10_000)))
             await client.send_eof()
             assert await receive_to_end(client) == b"".join(map(int32_bytes, range(10_000)))
@@ -200,11 +229,11 @@ async def test_echo_byte_by_byte(serve_tcp: ServeTcp, nursery: trio.Nursery) -> 
             assert await receive_exactly(client, len(message)) == message
 
 
-async def test_op_byte_by_byte(serve_tcp: ServeTcp, nursery: trio.Nursery) -> None:
+async def test_op_byte_by_byte(serve_tcp: ServeTcp, *, tls: bool, nursery: trio.Nursery) -> None:
     """A client that sends one byte at a time, 1,022 for the largest request, gets the right reply."""
     operands = [MIN + 123_457 * number for number in range(255)]
     with trio.fail_after(LIMIT):
-        async with connected(nursery, serve_tcp, op_handler) as client:
+        async with connected(nursery, serve_tcp, op_handler, tls=tls) as client:
             for byte in request_bytes(operands, "-"):
                 await client.send_all(bytes([byte]))
                 await trio.testing.wait_all_tasks_blocked()
@@ -319,6 +348,8 @@ async def test_op_malformed_request(
     malformed: bytes,
     reason: str,
     serve_tcp: ServeTcp,
+    *,
+    tls: bool,
     nursery: trio.Nursery,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -329,8 +360,8 @@ async def test_op_malformed_request(
     good = b"".join(request_bytes([number, 1], "+") for number in range(50))
     replies = b"".join(int32_bytes(number + 1) for number in range(50))
     with trio.fail_after(LIMIT):
-        async with connected(nursery, serve_tcp, op_handler) as client:
-            address = "{}:{}".format(*client.socket.getsockname())
+        async with connected(nursery, serve_tcp, op_handler, tls=tls) as client:
+            address = "{}:{}".format(*below(client).socket.getsockname())
             await client.send_all(good + malformed + bytes(100_000))
             await trio.testing.wait_all_tasks_blocked(0.01)
             # The server has answered by now. What it is sent in addition must not make it break the connection.
@@ -343,12 +374,12 @@ async def test_op_malformed_request(
 
 
 async def test_op_unfinished_request(
-    serve_tcp: ServeTcp, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+    serve_tcp: ServeTcp, *, tls: bool, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A client that half-closes in the middle of a request gets its replies; the log names it in one line."""
     with trio.fail_after(LIMIT):
-        async with connected(nursery, serve_tcp, op_handler) as client:
-            address = "{}:{}".format(*client.socket.getsockname())
+        async with connected(nursery, serve_tcp, op_handler, tls=tls) as client:
+            address = "{}:{}".format(*below(client).socket.getsockname())
             await client.send_all(request_bytes([1, 2], "+") + request_bytes([3, 4], "+")[:6])
             await client.send_eof()
             assert await receive_to_end(client) == int32_bytes(3)
@@ -417,19 +448,3 @@ async def test_tls_that_is_none(
             await client.transport_stream.aclose()
     [message] = caplog.messages
     assert "broke the connection, awaiting a TLS handshake" in message
-
-
-async def test_tls_malformed_request(
-    serve_tcp: ServeTcp,
-    nursery: trio.Nursery,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Behind TLS too, the replies before a malformed request arrive, and the log names client and reason."""
-    with trio.fail_after(LIMIT):
-        async with connected_with_tls(nursery, serve_tcp, op_handler) as client:
-            address = "{}:{}".format(*client.transport_stream.socket.getsockname())
-            await client.send_all(request_bytes([1, 2], "+") + b"\x00")
-            assert await receive_to_end(client) == int32_bytes(3)
-    [message] = caplog.messages
-    assert address in message
-    assert "operand count is 0" in message
