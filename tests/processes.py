@@ -8,7 +8,6 @@ import resource
 import signal
 import socket
 import ssl
-import struct
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import trio
 from helpers import reply_bytes, request_bytes
+
+from trioproto.tls import TLSStream
 
 # Seconds after which a test hangs, even on a machine that has much else to do.
 HANGS = 30.0
@@ -93,10 +94,14 @@ class Server:
             raise
         return trio.SocketStream(connecting)
 
-    async def connect(self) -> trio.abc.Stream:
-        """Connect, with TLS if that is what the server speaks."""
+    async def connect(self) -> trio.abc.HalfCloseableStream:
+        """Connect, and shake hands if TLS is what the server speaks."""
         stream = await self.tcp()
-        return stream if self._tls is None else trio.SSLStream(stream, self._tls, server_hostname="localhost")
+        if self._tls is None:
+            return stream
+        over_tls = TLSStream(stream, self._tls, server_hostname="localhost")
+        await over_tls.handshake()
+        return over_tls
 
     async def answers(self, stream: trio.abc.Stream) -> None:
         """Be a good client: ask once, and insist on the answer."""
@@ -231,9 +236,3 @@ def is_refused(address: str) -> bool:
     with socket.socket() as client:
         client.bind(("127.0.0.9", 0))  # a client that is given the very port that it tries connects to itself
         return client.connect_ex((host, int(port))) == errno.ECONNREFUSED
-
-
-def reset(stream: trio.SocketStream) -> None:
-    """Break the connection off, as a client does that crashes."""
-    stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    stream.socket.close()

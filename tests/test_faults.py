@@ -5,13 +5,15 @@ import random
 import resource
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import trio
 import trustme
-from helpers import decode_by_the_table, request_bytes
-from processes import ANSWER, PEER, QUESTION, paused, receive_all, reset, serving
+from helpers import below, decode_by_the_table, request_bytes, reset
+from processes import ANSWER, PEER, QUESTION, Server, paused, receive_all, serving
+
+from trioproto.transport import transport_for
 
 # How the log names a client, and the server that it is connected to.
 CLIENT = f"{PEER} to {PEER}"
@@ -19,13 +21,47 @@ CLIENT = f"{PEER} to {PEER}"
 BOTH = pytest.mark.parametrize("protocol", ["echo", "op"])
 
 
+CA = trustme.CA()
+
+
+def tls_client(*, trusts: trustme.CA = CA, certificate_of: trustme.CA | None = CA) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    trusts.configure_trust(context)
+    if certificate_of is not None:
+        certificate_of.issue_cert("client").configure_cert(context)
+    return context
+
+
+@pytest.fixture(scope="module")
+def tls_options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return a server's options for TLS; it serves only clients with a certificate of `CA`."""
+    room = tmp_path_factory.mktemp("tls")
+    CA.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(room / "server.pem")
+    CA.cert_pem.write_to_path(room / "ca.pem")
+    return [f"--tls-cert={room / 'server.pem'}", f"--tls-client-ca={room / 'ca.pem'}"]
+
+
+Serve = Callable[..., contextlib.AbstractAsyncContextManager[Server]]
+
+
+@pytest.fixture(params=["plain", "TLS"])
+def serve(request: pytest.FixtureRequest) -> Serve:
+    """Run a server for a block, over plain TCP and over TLS: the same faults have the same consequences."""
+    if request.param == "plain":
+        return serving
+    tls_options = request.getfixturevalue("tls_options")
+    return lambda protocol, *options, **settings: serving(
+        protocol, *tls_options, *options, tls=tls_client(), **settings
+    )
+
+
 @BOTH
-async def test_resets(protocol: str) -> None:
+async def test_resets(protocol: str, serve: Serve) -> None:
     """Clients that break off right after connecting, or in the middle of a request, harm nobody and are no news."""
-    async with serving(protocol) as server, await server.tcp() as neighbour:
+    async with serve(protocol) as server, await server.connect() as neighbour:
         for said in (b"", QUESTION[:-1], QUESTION * 5000 + QUESTION[:-1]):
             for _ in range(20):
-                stream = await server.tcp()
+                stream = await server.connect()
                 await stream.send_all(said)
                 reset(stream)
             await server.answers(neighbour)
@@ -42,9 +78,9 @@ async def test_reset_before_accept() -> None:
 
 
 @BOTH
-async def test_half_close(protocol: str) -> None:
+async def test_half_close(protocol: str, serve: Serve) -> None:
     """A client that ends its side after its last request gets every reply, then end of stream."""
-    async with serving(protocol) as server, await server.tcp() as stream, trio.open_nursery() as nursery:
+    async with serve(protocol) as server, await server.connect() as stream, trio.open_nursery() as nursery:
 
         async def ask() -> None:
             await stream.send_all(QUESTION * 20_000)
@@ -54,17 +90,17 @@ async def test_half_close(protocol: str) -> None:
         assert await receive_all(stream) == (QUESTION if protocol == "echo" else ANSWER) * 20_000
 
 
-async def test_end_in_mid_request() -> None:
+async def test_end_in_mid_request(serve: Serve) -> None:
     """A client that ends in the middle of a request gets the replies before it, and one line in the log."""
     half = f"{CLIENT}: ended in the middle of a request"
-    async with serving("op", complaints=[half]) as server, await server.tcp() as stream:
+    async with serve("op", complaints=[half]) as server, await server.connect() as stream:
         await stream.send_all(QUESTION * 3 + QUESTION[:-1])
         await stream.send_eof()
         assert await receive_all(stream) == ANSWER * 3
 
 
 @BOTH
-async def test_client_that_never_reads(protocol: str) -> None:
+async def test_client_that_never_reads(protocol: str, serve: Serve) -> None:
     """A client that sends and does not read takes no memory and holds up nobody; when it reads, all is there."""
     payloads = random.Random(1).randbytes(2 * 2**20)
     if protocol == "echo":
@@ -73,8 +109,8 @@ async def test_client_that_never_reads(protocol: str) -> None:
         requests = b"".join(b"\1" + payloads[at : at + 4] + b"+" for at in range(0, len(payloads), 4))
     with small_buffers() as listening:
         fd = listening.fileno()
-        async with serving(protocol, where=[f"--fd={fd}"], pass_fds=[fd]) as server, await server.tcp() as stream:
-            stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        async with serve(protocol, where=[f"--fd={fd}"], pass_fds=[fd]) as server, await server.connect() as stream:
+            below(stream).setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
             await server.answers_anew()
             before = server.memory()
             sent = await send_until_stuck(stream, requests)
@@ -101,27 +137,28 @@ def small_buffers() -> Iterator[socket.socket]:
         yield listening
 
 
-async def send_until_stuck(stream: trio.SocketStream, data: bytes) -> int:
+async def send_until_stuck(stream: trio.abc.Stream, data: bytes) -> int:
     """Send until nothing has been taken for a while, and return how much was."""
-    stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+    below(stream).setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+    transport = transport_for(stream)  # after a cancellation, it can go on
     sent = 0
     while sent < len(data):
         with trio.move_on_after(0.3) as waiting:
-            sent += await stream.socket.send(data[sent : sent + 65536])
+            sent += await transport.send_some(memoryview(data)[sent:])
         if waiting.cancelled_caught:
             break
     return sent
 
 
-async def test_slow_loris() -> None:
+async def test_slow_loris(serve: Serve) -> None:
     """Clients that dribble a request are ended when its time is over, each with a line; others are served meanwhile."""
 
-    async def dribble(stream: trio.SocketStream) -> None:
+    async def dribble(stream: trio.abc.Stream) -> None:
         for byte in request_bytes([1] * 255, "+"):
             await stream.send_all(bytes([byte]))
             await trio.sleep(0.1)
 
-    async def be_ended(stream: trio.SocketStream) -> None:
+    async def be_ended(stream: trio.abc.Stream) -> None:
         async with stream, trio.open_nursery() as nursery:
             nursery.start_soon(dribble, stream)
             assert await stream.receive_some() == b""
@@ -129,27 +166,27 @@ async def test_slow_loris() -> None:
 
     late = f"{CLIENT}: timed out, awaiting the rest of a request"
     options = ["--request-timeout=0.5"]
-    async with serving("op", *options, complaints=[late] * 10) as server, trio.open_nursery() as nursery:
+    async with serve("op", *options, complaints=[late] * 10) as server, trio.open_nursery() as nursery:
         for _ in range(10):
-            nursery.start_soon(be_ended, await server.tcp())
+            nursery.start_soon(be_ended, await server.connect())
         for _ in range(10):
             await server.answers_anew()
 
 
-async def test_idle_timeout() -> None:
+async def test_idle_timeout(serve: Serve) -> None:
     """A client that asks nothing for too long is ended; that is no news."""
-    async with serving("op", "--idle-timeout", "0.2") as server, await server.tcp() as stream:
+    async with serve("op", "--idle-timeout", "0.2") as server, await server.connect() as stream:
         await server.answers(stream)
         assert await stream.receive_some() == b""
 
 
-async def test_reply_timeout() -> None:
+async def test_reply_timeout(serve: Serve) -> None:
     """A client that takes no reply for too long is ended, with a line in the log."""
     late = f"{CLIENT}: timed out, awaiting room for a reply"
     with small_buffers() as listening:
         where = [f"--fd={listening.fileno()}", "--idle-timeout=0.5"]
-        serving_it = serving("op", where=where, pass_fds=[listening.fileno()], complaints=[late])
-        async with serving_it as server, await server.tcp() as stream:
+        serving_it = serve("op", where=where, pass_fds=[listening.fileno()], complaints=[late])
+        async with serving_it as server, await server.connect() as stream:
             await send_until_stuck(stream, QUESTION * 500_000)
             await server.logged(late)
 
@@ -206,10 +243,10 @@ async def test_random_payloads() -> None:
 
 
 @pytest.mark.parametrize("bad", [b"\0", b"\1\0\0\0\0/"], ids=["count", "operator"])
-async def test_malformed_request_behind_good_ones(bad: bytes) -> None:
+async def test_malformed_request_behind_good_ones(bad: bytes, serve: Serve) -> None:
     """Fifty replies that are owed arrive, then end of stream, whatever more the client has sent and still sends."""
     malformed = f"{CLIENT}: protocol error: .*"
-    async with serving("op", complaints=[malformed]) as server, await server.tcp() as stream:
+    async with serve("op", complaints=[malformed]) as server, await server.connect() as stream:
         await stream.send_all(QUESTION * 50 + bad + b"more" * 50_000)
         await server.logged(malformed)
         await stream.send_all(b"and more" * 500_000)
@@ -268,26 +305,6 @@ def descriptors(count: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-CA = trustme.CA()
-
-
-def tls_client(*, trusts: trustme.CA = CA, certificate_of: trustme.CA | None = CA) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    trusts.configure_trust(context)
-    if certificate_of is not None:
-        certificate_of.issue_cert("client").configure_cert(context)
-    return context
-
-
-@pytest.fixture(scope="module")
-def tls_options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return a server's options for TLS; it serves only clients with a certificate of `CA`."""
-    room = tmp_path_factory.mktemp("tls")
-    CA.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(room / "server.pem")
-    CA.cert_pem.write_to_path(room / "ca.pem")
-    return [f"--tls-cert={room / 'server.pem'}", f"--tls-client-ca={room / 'ca.pem'}"]
 
 
 async def test_tls_client_that_says_nothing(tls_options: list[str]) -> None:
