@@ -296,8 +296,8 @@ async def negotiate(connection: Connection, incoming: Incoming) -> tuple[str, st
     app = ""
     async for message in connection.requests(incoming.read_message):
         match decode_command(message):
-            case ["connect", float(transaction), dict(asked), *_]:
-                app = str(asked.get("app"))
+            case ["connect", float(transaction), {"app": str(name)}, *_]:
+                app = name
                 connection.push(encode_control(Kind.WINDOW_SIZE, WINDOW))
                 connection.push(encode_control(Kind.PEER_BANDWIDTH, WINDOW, b"\x02"))  # 2: as it is, or less
                 connection.push(encode_control(Kind.SET_CHUNK_SIZE, CHUNK_SIZE))
@@ -368,6 +368,8 @@ def begins_group(stream: Stream, message: Message) -> bool:
 def pass_on(stream: Stream, message: Message) -> None:
     """Have a message sent to the players that can use it. Waits for nobody."""
     kind, timestamp, body = message
+    if kind == Kind.VIDEO and body[0] & 0x8F > 7:  # of HEVC or AV1, we would find neither settings nor key frames
+        raise ProtocolError(f"video of type {body[0]:#04x}: AVC (H.264) is the latest codec that is relayed")
     if kind == Kind.VIDEO and not stream.has_video:  # whoever watches has only listened so far
         push_gathered(stream)
         stream.has_video = True
@@ -415,7 +417,7 @@ def push_gathered(stream: Stream) -> None:
     """Push what was gathered to all who watch; one that has no room for it misses the rest of a group."""
     data = bytes(stream.gathered)
     stream.gathered.clear()
-    for player in stream.watching.copy():
+    for player in stream.watching.copy() if data else ():
         if player.unsent + len(data) <= MAX_BEHIND:
             player.push(data)
         else:
@@ -430,6 +432,14 @@ async def push_regularly(stream: Stream) -> None:
         push_gathered(stream)
 
 
+async def ping_regularly(stream: Stream) -> None:
+    """Ping the players: one that has to wait long for a key frame would be let go as idle."""
+    while True:
+        await trio.sleep(TIMEOUT / 3)
+        for player in stream.players:
+            player.push(encode_user_control(PING_REQUEST, bytes(4)))
+
+
 async def publish(streams: dict[str, Stream], name: str, connection: Connection, incoming: Incoming) -> None:
     """Pass on what a publisher sends, until it is done, breaks off, or the server stops; then end its players."""
     if name in streams:
@@ -442,6 +452,7 @@ async def publish(streams: dict[str, Stream], name: str, connection: Connection,
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(push_regularly, stream)
+            nursery.start_soon(ping_regularly, stream)
             async for message in connection.requests(incoming.read_message):
                 if ends_stream(message):
                     break

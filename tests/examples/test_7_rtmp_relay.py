@@ -215,6 +215,35 @@ async def test_group_that_is_too_long_is_not_kept(autojump_clock: Clock, room: R
     assert await watched(late) == last
 
 
+async def test_player_may_wait_long_for_a_key_frame(autojump_clock: Clock, room: Room) -> None:
+    """A player that joins a group that is too long is kept until the next, however long that takes."""
+    publisher = await room.connect(PUBLISH)
+    await room.send(publisher, (VIDEO, 0, key("0")), *((VIDEO, n, picture(f"{n}", 1_000_000)) for n in range(5)))
+    player = await room.connect(PLAY)
+    for second in range(100):
+        await trio.sleep(1)
+        await room.send(publisher, (VIDEO, 1000 * second, picture("x")))
+    await room.send(publisher, (VIDEO, 100_000, key("1")))
+    await publisher.send_eof()
+
+    assert await watched(player) == [(VIDEO, 100_000, key("1"))]
+
+
+def test_key_frame_costs_each_waiting_player_one_push() -> None:
+    """Players that begin together do not each have all the others looked at: that would be a second, for a thousand."""
+
+    class Player:
+        peer, unsent, pushed = "a player", 0, 0
+
+        def push(self, data: bytes) -> None:
+            Player.pushed += 1
+
+    stream = example["Stream"](players={Player(): trio.CancelScope() for _ in range(50)})
+    example["pass_on"](stream, example["Message"](VIDEO, 0, key("1")))
+
+    assert Player.pushed == 50
+
+
 async def test_slow_player_misses_groups_and_holds_up_nobody(
     autojump_clock: Clock, room: Room, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -302,18 +331,27 @@ async def test_player_that_is_done_leaves_the_others_alone(autojump_clock: Clock
     assert await watched(other) == [(VIDEO, 0, key("1"))]
 
 
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (AVC_SETTINGS + bytes(20_000), "decoder settings of 20009 bytes: more than 16384"),
+        (b"\x90hvc1", "video of type 0x90: AVC (H.264) is the latest codec that is relayed"),  # as OBS sends HEVC
+        (b"\x1c\0\0\0\0", "video of type 0x1c: AVC (H.264) is the latest codec that is relayed"),
+    ],
+)
 async def test_publisher_that_breaks_the_protocol_ends_its_players_in_order(
-    autojump_clock: Clock, room: Room, caplog: pytest.LogCaptureFixture
+    autojump_clock: Clock, room: Room, caplog: pytest.LogCaptureFixture, body: bytes, said: str
 ) -> None:
-    """Whatever a publisher ends on is one line, and for its players an end like others."""
+    """Whatever a publisher ends on is one line, and for its players an end like others.
+
+    So does one whose codec the relay does not know: its players would wait for a key frame forever.
+    """
     publisher = await room.connect(PUBLISH)
     player = await room.connect(PLAY)
-    await room.send(publisher, (VIDEO, 0, key("1")), (VIDEO, 0, AVC_SETTINGS + bytes(20_000)))
+    await room.send(publisher, (VIDEO, 0, key("1")), (VIDEO, 0, body))
 
     assert await watched(player) == [(VIDEO, 0, key("1"))]
-    assert [record.message for record in caplog.records] == [
-        "StapledStream: protocol error: decoder settings of 20009 bytes: more than 16384"
-    ]
+    assert [record.message for record in caplog.records] == [f"StapledStream: protocol error: {said}"]
 
 
 async def test_media_with_nothing_in_it_is_left_out(autojump_clock: Clock, room: Room) -> None:
@@ -386,6 +424,16 @@ async def test_other_commands_are_answered(asked: list[object], answer: list[obj
 async def test_command_that_wants_no_answer_gets_none() -> None:
     """A transaction of 0 means that nobody waits for an answer (section 7.2.1)."""
     assert await converse_after_handshake(command("teapot", 0.0, None) + command() + command("teapot")) == b""
+
+
+@pytest.mark.parametrize("asked", [{}, {"app": 1.0}, {"app": None}, {"app": {}}])
+async def test_connect_has_to_name_an_app(asked: dict[str, object]) -> None:
+    """Without the name of an app, nothing is published: otherwise all such clients would share one."""
+    received = await converse_after_handshake(command("connect", 1.0, asked) + PUBLISH)
+
+    assert encode_amf0("_error") + encode_amf0(1.0) in received
+    assert encode_amf0("_error") + encode_amf0(3.0) in received
+    assert b"NetStream.Publish.Start" not in received
 
 
 async def test_connect_may_bring_lists_and_booleans() -> None:
