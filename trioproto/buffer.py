@@ -13,7 +13,7 @@ class ReceiveBuffer:
     __slots__ = ("_bytes", "_mark", "_position", "size")
 
     def __init__(self) -> None:
-        self.size = 0
+        self.size: int = 0
         self._bytes: bytes | bytearray = b""
         self._position = 0  # of the next byte to take
         self._mark: int | None = None  # of the byte that `rewind` goes back to
@@ -81,5 +81,6 @@ class ReceiveBuffer:
     def clear(self) -> None:
         """Drop everything."""
         self._bytes = b""
-        self._position = self.size = 0
+        self.size = 0
+        self._position = 0
         self._mark = None

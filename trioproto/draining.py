@@ -36,7 +36,7 @@ class Drain:
     """
 
     def __init__(self) -> None:
-        self.began = trio.Event()
+        self.began: trio.Event = trio.Event()
         self.began_at: float | None = None
         self._callbacks: set[Callable[[], object]] = set()
 

@@ -63,7 +63,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
         "transport_stream",
     )
 
-    last_look = 0.0
+    last_look: float = 0.0
 
     def __init__(
         self,
@@ -73,8 +73,8 @@ class TLSStream(trio.abc.HalfCloseableStream):
         server_side: bool = False,
         server_hostname: str | None = None,
     ) -> None:
-        self.transport_stream = stream
-        self.needs_handshake = True
+        self.transport_stream: trio.SocketStream = stream
+        self.needs_handshake: bool = True
         self._below = SocketTransport(stream)
         self._handshaking = trio.Lock()
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()

@@ -100,14 +100,14 @@ class StreamTransport:
     __slots__ = ("_arrived", "_cut", "_reset", "_stream", "needs_handshake")
 
     # A pass or two through the scheduler, and no time.
-    last_look = 0.01
+    last_look: float = 0.01
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
         self._arrived: bytes | None = None
         self._cut = False  # a send ended before its data did
         self._reset = False
-        self.needs_handshake = type(stream) is trio.SSLStream  # a final class; isinstance is slow with its kind
+        self.needs_handshake: bool = type(stream) is trio.SSLStream  # a final class; isinstance is slow with its kind
 
     async def handshake(self) -> None:
         assert isinstance(self._stream, trio.SSLStream)  # noqa: S101 - for the type checker
@@ -170,8 +170,8 @@ class SocketTransport:
 
     __slots__ = ("_known_to_trio", "_socket", "_stream")
 
-    needs_handshake = False
-    last_look = 0.0
+    needs_handshake: bool = False
+    last_look: float = 0.0
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
@@ -251,6 +251,8 @@ class Pipe:
     def __init__(self) -> None:
         if not hasattr(os, "splice"):  # FreeBSD has pipes, and no splice(2)
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        self.outlet: int
+        self.inlet: int
         self.outlet, self.inlet = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         import fcntl  # noqa: PLC0415 - Windows has none
 

@@ -181,7 +181,8 @@ class NetworkStream(trio.abc.HalfCloseableStream):
     """
 
     def __init__(self, local: tuple[str, int], peer: tuple[str, int], network: Network, number: int) -> None:
-        self.local_address, self.peer_address = local, peer
+        self.local_address: tuple[str, int] = local
+        self.peer_address: tuple[str, int] = peer
         self._peer: NetworkStream  # is set by `Network.connect`
         self._name = f"{local[0]}:{local[1]} > {peer[0]}:{peer[1]}"
         self._network = network
