@@ -16,7 +16,7 @@ import trio
 from trioproto import op_request, receive_exactly
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-UNITS = EXAMPLES / "systemd"
+UNITS = EXAMPLES / "operating"
 reserve_port = runpy.run_path(str(EXAMPLES / "8_haproxy" / "rolling_restart.py"))["reserve_port"]
 
 PYTHON = "/opt/trioproto/bin/python"
@@ -41,7 +41,7 @@ def command() -> list[str]:
 @pytest.fixture
 def service(tmp_path: Path) -> Path:
     """The units, installed with a Python that exists here."""
-    for unit in UNITS.iterdir():
+    for unit in UNITS.glob("*.s*"):
         (tmp_path / unit.name).write_text(
             unit.read_text().replace(f"ExecStart={PYTHON}", f"ExecStart={sys.executable}")
         )
