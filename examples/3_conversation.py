@@ -6,8 +6,8 @@ relative to where each side began, as Wireshark shows them.
 
 Run it (capturing needs root; scapy takes the packets apart; the SVG is written if you name a file for it)::
 
-    pip install "trioproto[examples]"
-    sudo python examples/3_conversation.py [examples/conversation.svg]
+    .venv/bin/pip install '.[examples]'
+    sudo .venv/bin/python examples/3_conversation.py [examples/conversation.svg]
 
 Look for the acknowledgements: often explained as ACK = SEQ + bytes + 1. What TCP really does is ACK = SEQ + bytes; the
 one is there for a SYN or a FIN only, which count like one byte (RFC 9293, section 3.4).
@@ -31,7 +31,7 @@ from trioproto.op import Reply, Request
 try:
     from scapy.layers.inet import IP, TCP
 except ModuleNotFoundError:
-    sys.exit('3_conversation.py: needs scapy: pip install "trioproto[examples]"')
+    sys.exit("3_conversation.py: needs scapy; from a clone of trioproto: pip install '.[examples]'")
 
 OPERANDS, OPERATOR = (12, -7, 1), "+"
 

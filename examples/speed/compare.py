@@ -520,7 +520,7 @@ def main() -> None:
     if compiler is None:
         sys.exit("compare.py: needs a C compiler, cc")
     if any(peer.startswith("uvloop") for peer in args.peers) and importlib.util.find_spec("uvloop") is None:
-        sys.exit('compare.py: needs uvloop: pip install "trioproto[speed]"; or choose other --peers')
+        sys.exit("compare.py: needs uvloop; from a clone of trioproto: pip install '.[speed]'; or choose other --peers")
     if args.write is not None:
         args.write.mkdir(parents=True, exist_ok=True)
     available = sorted(os.sched_getaffinity(0))
