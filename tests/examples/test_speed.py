@@ -29,7 +29,7 @@ TLS_OP = Workload("op over TLS", "op", 2, 1, tls=True)
 ALL_KINDS = [ECHO, OP, PIPE, BULK, TLS_ECHO, TLS_OP]
 
 # A server that takes `size` bytes for a request and replies with those from `start` to `end`; over TLS, if `tls` is the
-# files of a certificate and its key. What `mistake` says is done to its 20th reply.
+# files of a certificate and its key. What `mistake` says is done to its third reply.
 SERVER = """
 import asyncio, itertools, ssl
 
@@ -37,7 +37,7 @@ async def serve(reader, writer):
     try:
         while request := await reader.readexactly({size}):
             reply = request[{start}:{end}]
-            if next(numbers) == 20:
+            if next(numbers) == 3:
                 {mistake}
             writer.write(reply)
             await writer.drain()
@@ -183,7 +183,7 @@ def test_each_connection_comes_from_another_address(loads: dict[bool, Path]) -> 
 @pytest.mark.parametrize("mistake", [FLIP, REPEAT])
 @pytest.mark.parametrize("workload", ALL_KINDS)
 def test_wrong_reply_is_found_out(loads: dict[bool, Path], certificate: Any, workload: Any, mistake: str) -> None:
-    """One wrong bit, or one reply too many, in one reply among many, voids the comparison."""
+    """One wrong bit, or one reply too many, in one reply among others, voids the comparison."""
     with pytest.raises(example["ComparisonError"], match="wrong reply"):
         measure(loads, certificate, workload, mistake)
 
