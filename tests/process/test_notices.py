@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="there ar
 
 WORKERS = pytest.mark.parametrize("workers", [1, 2])
 ABSTRACT = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has abstract addresses")
+ADDRESSES = pytest.mark.parametrize("manager", ["path", pytest.param("abstract", marks=ABSTRACT)], indirect=True)
 ALIVE = r"WATCHDOG=1\nSTATUS=accepted \d+, active \d+"
 
 # An app whose handler holds up the event loop. It notes when that begins and ends in between what systemd is told.
@@ -79,10 +80,11 @@ class Manager:
 _numbers = itertools.count()
 
 
-@pytest.fixture(params=["path", pytest.param("abstract", marks=ABSTRACT)])
+@pytest.fixture
 def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Manager]:
-    """One with a file, or with an abstract address."""
-    address = f"@trioproto-{os.getpid()}-{next(_numbers)}" if request.param == "abstract" else str(tmp_path / "notify")
+    """One with a file, or, where the test wants it, with an abstract address."""
+    abstract = getattr(request, "param", "path") == "abstract"
+    address = f"@trioproto-{os.getpid()}-{next(_numbers)}" if abstract else str(tmp_path / "notify")
     with contextlib.closing(Manager(address)) as manager:
         yield manager
 
@@ -90,6 +92,7 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Manager]
 # Notices.
 
 
+@ADDRESSES
 async def test_notice(manager: Manager, monkeypatch: pytest.MonkeyPatch) -> None:
     """A notice is one datagram, with an assignment in each line."""
     monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
@@ -131,6 +134,7 @@ def test_wrong_socket(
     assert caplog.messages == [f"cannot notify systemd at {tmp_path / name}: {reason}"]
 
 
+@ADDRESSES
 def test_busy_manager(manager: Manager, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """A systemd that takes no notices in holds up nobody."""
     monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
@@ -174,7 +178,9 @@ def under(manager: Manager, *variables: str) -> list[str]:
     return ["env", f"NOTIFY_SOCKET={manager.address}", *variables, *COMMAND]
 
 
-@WORKERS
+@pytest.mark.parametrize(
+    ("workers", "manager"), [(1, "path"), pytest.param(2, "abstract", marks=ABSTRACT)], indirect=["manager"]
+)
 async def test_life_of_a_service(workers: int, manager: Manager) -> None:
     """It is ready, alive with its numbers, reloads, is alive again, and stops."""
     command = under(manager, "WATCHDOG_USEC=400000")

@@ -76,10 +76,11 @@ class Files:
         shutil.copy(self.new.ca, self.client_ca)
 
 
-@pytest.fixture(params=[trustme.KeyType.ECDSA, trustme.KeyType.RSA], ids=["ECDSA", "RSA"])
+@pytest.fixture
 def files(tmp_path: Path, request: pytest.FixtureRequest) -> Files:
-    """The new authority's keys are of the same kind as the old one's, or of another."""
-    old, new = Authority(tmp_path / "old"), Authority(tmp_path / "new", request.param)
+    """The new authority's keys are of the same kind as the old one's, unless the test wants another."""
+    new_keys = getattr(request, "param", trustme.KeyType.ECDSA)
+    old, new = Authority(tmp_path / "old"), Authority(tmp_path / "new", new_keys)
     cert, client_ca = tmp_path / "server.pem", tmp_path / "client_ca.pem"
     shutil.copy(old.server, cert)
     shutil.copy(old.ca, client_ca)
@@ -119,11 +120,16 @@ async def certificate(server: Server, context: ssl.SSLContext) -> bytes | None:
         return shown
 
 
-@WORKERS
+@pytest.mark.parametrize(
+    ("workers", "files"),
+    [(1, trustme.KeyType.ECDSA), (1, trustme.KeyType.RSA), (2, trustme.KeyType.RSA)],
+    indirect=["files"],
+)
 async def test_certificates(workers: int, files: Files) -> None:
     """Who connects from then on sees the new certificate, and needs one that the new authority has signed.
 
-    A request that is under way gets its reply, and its connection goes on.
+    Its key may be of the same kind as the old one, or of another. A request that is under way gets its reply, and its
+    connection goes on.
     """
     old, new = files.client(files.old), files.client(files.new)
     options = [f"--workers={workers}", *files.options()]
