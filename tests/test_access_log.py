@@ -35,9 +35,11 @@ def records(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
 
 
 @contextlib.asynccontextmanager
-async def served(handler: Handler) -> AsyncIterator[tuple[Stream, trio.Event]]:
+async def served(
+    handler: Handler, pair: Callable[[], tuple[Stream, Stream]] = trio.testing.memory_stream_pair
+) -> AsyncIterator[tuple[Stream, trio.Event]]:
     """Run a server, and give its one client's stream and the event that stops it; in the end, stop it."""
-    listener = MemoryListener()
+    listener = MemoryListener(pair=pair)
     client = listener.connect()
     shutdown = trio.Event()
     async with trio.open_nursery() as nursery:
@@ -251,7 +253,14 @@ async def test_no_proxy_header(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     """A connection without a PROXY header ends as one without a request does, and nothing else is known of it."""
-    async with served(behind_proxies(shout, ["unix"], 30, None)) as (client, shutdown):
+
+    def from_a_unix_socket() -> tuple[Stream, Stream]:
+        client, theirs = trio.testing.memory_stream_pair()
+        theirs.peer_address = ""  # type: ignore[attr-defined]
+        return client, theirs
+
+    handler = behind_proxies(shout, ["unix"], 30, None)
+    async with served(handler, from_a_unix_socket) as (client, shutdown):
         await what(client, shutdown)
     assert [(record["how"], record["received"]) for record in records] == [(how, None)]
 

@@ -15,6 +15,7 @@ Who supervises whom::
         └── close_as_broken, for each connection that is refused
 """
 
+import bisect
 import contextlib
 import errno
 import functools
@@ -22,14 +23,14 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import attrs
 import trio
 
 from trioproto.addresses import format_address, peer_address
-from trioproto.draining import Accepted, Drain, Ending, announce
+from trioproto.draining import ENDINGS, Accepted, Drain, Ending, announce
 from trioproto.limits import ClientLimit
 from trioproto.transport import close_as_broken
 
@@ -89,6 +90,10 @@ LAST_LOOK = 0.01
 EMPTYING_SECONDS = 1.0
 
 
+# The bounds, in seconds, of `ServerStats.durations`: from connections for one request to those that last for days.
+DURATIONS = (0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0, 86400.0)
+
+
 @attrs.frozen
 class ServerStats:
     """What a server has done so far: a snapshot.
@@ -100,6 +105,13 @@ class ServerStats:
         uptime: seconds since the server began, on Trio's clock.
         refused: how many of ``accepted`` were ended unserved, because their client had too many, or because they came
             from no trusted proxy.
+        accept_errors: how often accepting has failed: a connection was lost before, or descriptors or memory are short.
+        received: bytes of all connections, open ones included, as far as a `trioproto.Connection` received them.
+        sent: bytes that the system took to be sent to clients, likewise.
+        requests: requests that were read, likewise.
+        ended: connections that have ended, by how they did; without those that were refused.
+        durations: how many of these took up to each of `DURATIONS`, and not up to the one before; and how many longer.
+        seconds: how many seconds these took, all together.
     """
 
     accepted: int
@@ -107,6 +119,13 @@ class ServerStats:
     crashed: int
     uptime: float
     refused: int = 0
+    accept_errors: int = 0
+    received: int = 0
+    sent: int = 0
+    requests: int = 0
+    ended: Mapping[Ending, int] = attrs.field(factory=lambda: dict.fromkeys(ENDINGS, 0))
+    durations: tuple[int, ...] = (0,) * (len(DURATIONS) + 1)
+    seconds: float = 0.0
 
 
 async def serve_listeners(
@@ -120,6 +139,7 @@ async def serve_listeners(
     shutdown: trio.Event | None = None,
     grace_period: float = math.inf,
     give_way: Callable[[int], bool] | None = None,
+    on_start: Callable[[Callable[[], ServerStats]], object] | None = None,
     task_status: trio.TaskStatus[list[ListenerT]] = trio.TASK_STATUS_IGNORED,
 ) -> ServerStats:
     """Accept connections from ``listeners``, and run ``handler(stream)`` in a task of its own for each.
@@ -150,6 +170,8 @@ async def serve_listeners(
         give_way: for processes that share listening sockets: called with the number of open connections before each is
             accepted. While it returns True, because others have fewer, they are given some milliseconds to accept it
             first. None: whoever is first accepts.
+        on_start: called once, before anything is accepted, with a function that returns the `ServerStats` of the moment
+            whenever it is called: unlike ``on_tick``, also during a stop.
         task_status: for `trio.Nursery.start`, which returns ``listeners``.
 
     Returns:
@@ -173,6 +195,8 @@ async def serve_listeners(
         most = math.inf if max_connections is None else max_connections
         limit = None if max_connections_per_client is None else ClientLimit(max_connections_per_client)
         connections = _Connections(handler, nursery, most, limit, drain)
+        if on_start is not None:
+            on_start(connections.stats)
         accepting = []
         for number, listener in enumerate(listeners):
             scope = trio.CancelScope()
@@ -284,16 +308,38 @@ class _Connections:
         self._began = trio.current_time()
         self._accepted = 0
         self._refused = 0
-        self.active = 0
         self._crashed = 0
+        self.accept_errors = 0
+        self._open: set[Accepted] = set()
+        # Of connections that have ended.
+        self._received = self._sent = self._requests = 0
+        self._ended: dict[Ending, int] = dict.fromkeys(ENDINGS, 0)
+        self._durations = [0] * (len(DURATIONS) + 1)
+        self._seconds = 0.0
         self._waiting_for_room = trio.lowlevel.ParkingLot()
 
+    @property
+    def active(self) -> int:
+        return len(self._open)
+
     def stats(self) -> ServerStats:
-        uptime = trio.current_time() - self._began
-        return ServerStats(self._accepted, self.active, self._crashed, uptime, self._refused)
+        return ServerStats(
+            accepted=self._accepted,
+            active=self.active,
+            crashed=self._crashed,
+            uptime=trio.current_time() - self._began,
+            refused=self._refused,
+            accept_errors=self.accept_errors,
+            received=self._received + sum(accepted.received for accepted in self._open),
+            sent=self._sent + sum(accepted.sent for accepted in self._open),
+            requests=self._requests + sum(accepted.requests for accepted in self._open),
+            ended=self._ended.copy(),
+            durations=tuple(self._durations),
+            seconds=self._seconds,
+        )
 
     def has_room(self) -> bool:
-        return self.active < self._max
+        return len(self._open) < self._max
 
     async def room(self) -> None:
         """Wait until another connection may be started."""
@@ -307,8 +353,8 @@ class _Connections:
             # A reset leaves nothing behind in the kernel, and tells the client that this is no end in order.
             self._nursery.start_soon(close_as_broken, stream)
             return
-        self.active += 1
         accepted = Accepted(stream, address, server, self._drain, trio.current_time())
+        self._open.add(accepted)
         self._nursery.start_soon(self._run, accepted, self._accepted, address)
 
     async def _run(self, accepted: Accepted, number: int, address: object) -> None:
@@ -332,16 +378,28 @@ class _Connections:
             if rest is not None:
                 raise rest from None
         finally:
-            self.active -= 1
-            self._refused += accepted.refused
+            self._open.remove(accepted)
+            if accepted.refused:
+                self._refused += 1
+            else:
+                self._record(accepted, number, how)
             if self._client_limit is not None:
                 self._client_limit.leave(address)
             if self._waiting_for_room:
                 self._waiting_for_room.unpark_all()
-            if _access_log.isEnabledFor(logging.DEBUG) and not accepted.refused:
-                _log_end(accepted, number, how)
             if not (isinstance(stream, trio.SocketStream) and stream.socket.fileno() == -1):
                 await trio.aclose_forcefully(stream)
+
+    def _record(self, accepted: Accepted, number: int, how: Ending) -> None:
+        seconds = trio.current_time() - accepted.at
+        self._received += accepted.received
+        self._sent += accepted.sent
+        self._requests += accepted.requests
+        self._ended[how] += 1
+        self._durations[bisect.bisect_left(DURATIONS, seconds)] += 1
+        self._seconds += seconds
+        if _access_log.isEnabledFor(logging.DEBUG):
+            _log_end(accepted, number, how, seconds)
 
     def _log_crash(self, accepted: Accepted, number: int, crash: Exception) -> None:
         self._crashed += 1
@@ -350,13 +408,13 @@ class _Connections:
         )
 
 
-def _log_end(accepted: Accepted, number: int, how: Ending) -> None:
+def _log_end(accepted: Accepted, number: int, how: Ending, seconds: float) -> None:
     record = {
         "connection": number,
         "client": accepted.peer,
         "server": accepted.server,
         "how": how,
-        "seconds": trio.current_time() - accepted.at,
+        "seconds": seconds,
         "received": accepted.received if accepted.counted else None,
         "sent": accepted.sent if accepted.counted else None,
         "requests": accepted.requests if accepted.counted else None,
@@ -487,6 +545,7 @@ class _Acceptor:
         return False
 
     async def _get_over(self, error: OSError) -> None:
+        self._connections.accept_errors += 1
         if error.errno in _CONNECTION_ERRNOS:
             _log.debug("%s: a connection was lost before it was accepted: %s", self._server, error)
             self._lost += 1

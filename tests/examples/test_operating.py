@@ -5,7 +5,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from prometheus_client import generate_latest
+
 from trioproto.draining import ENDINGS
+from trioproto.process.metrics import registry_of
+from trioproto.process.scoreboard import new_scoreboard
 
 ROOT = Path(__file__).parents[2]
 MANUAL = (ROOT / "examples" / "operating" / "README.md").read_text()
@@ -63,3 +67,12 @@ def test_endings() -> None:
     """The manual explains each word for how a connection ended."""
     listed = [how for how, _ in rows(section("Events"), "| how | what ended the connection |")]
     assert listed == list(ENDINGS)
+
+
+def test_metrics() -> None:
+    """The table of metrics has each one, under the name and with the type that Prometheus sees, and no other."""
+    with new_scoreboard(1) as scoreboard:
+        scoreboard.most[0] = 1
+        found = re.findall(r"^# TYPE (\w+) (\w+)$", generate_latest(registry_of(scoreboard)).decode(), re.MULTILINE)
+    listed = [tuple(row[:2]) for row in rows(section("Metrics"), "| metric | type | what it counts |")]
+    assert sorted(listed) == sorted(found)

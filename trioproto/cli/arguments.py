@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 
 from trioproto.process.proxy_protocol import UNIX, Network, trusted_network
+from trioproto.process.service import HOST
 
 PORTS = {"echo": 9190, "op": 9191}
 
@@ -60,6 +61,14 @@ def host(text: str) -> str:
     if text.startswith("[") and text.endswith("]") and ":" in text:
         text = text[1:-1]
     return not_empty(text)
+
+
+def address(text: str) -> tuple[str, int]:
+    """Convert ``[HOST:]PORT``; without a host, it is this one's alone."""
+    name, colon, number = text.rpartition(":")
+    if colon and (not name or (":" in name and not name.startswith("["))):
+        raise argparse.ArgumentTypeError(f"must be PORT, HOST:PORT or [IPV6]:PORT, not {text!r}")
+    return host(name) if colon else HOST, port(number)
 
 
 def network(text: str) -> Network | str:

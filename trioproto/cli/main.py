@@ -17,7 +17,18 @@ import trio
 
 from trioproto.addresses import failure_reason, format_address
 from trioproto.bench.errors import BenchError
-from trioproto.cli.arguments import PORTS, CommandError, count, descriptor, host, network, not_empty, port, seconds
+from trioproto.cli.arguments import (
+    PORTS,
+    CommandError,
+    address,
+    count,
+    descriptor,
+    host,
+    network,
+    not_empty,
+    port,
+    seconds,
+)
 from trioproto.cli.bench import add_bench
 from trioproto.cli.clients import echo_dialogue, echo_messages, echo_pipe, op_answer, op_dialogue
 from trioproto.cli.standard import check_input, reserve_descriptors, write_text
@@ -94,6 +105,14 @@ async def _serve(args: argparse.Namespace) -> None:
     if args.access_log:
         logging.getLogger("trioproto.access").setLevel(logging.DEBUG)
     context = _server_context(args)
+    if args.metrics is not None:
+        try:
+            import prometheus_client  # noqa: F401, PLC0415 - an extra
+        except ImportError as error:
+            raise CommandError(
+                f"--metrics needs {error.name}, which is not installed; "
+                "from a clone of trioproto: pip install '.[metrics]'"
+            ) from None
     if args.stop_at_eof:
         check_input()
     fds = [*activated_fds(), *args.fd]
@@ -108,6 +127,7 @@ async def _serve(args: argparse.Namespace) -> None:
         if context is None
         else functools.partial(context.reload, args.tls_cert, args.tls_key, args.tls_client_ca),
         "stop_at_eof": args.stop_at_eof,
+        "metrics": args.metrics,
         "announce": functools.partial(_print_address, args.protocol),
     }
     try:
@@ -273,6 +293,7 @@ def _client_context(args: argparse.Namespace) -> ssl.SSLContext | None:
 _LISTEN_ADVICE = {
     "tcp": "choose another --host or --port, or stop what listens there",
     "unix": "or choose another --unix path",
+    "metrics": "choose another --metrics, or stop what listens there",
     "fd": "it must be a listening socket that this process inherits",
 }
 _TLS_ADVICE = (
@@ -494,6 +515,12 @@ def _add_server_options(command: argparse.ArgumentParser, protocol: str) -> None
     )
     command.add_argument(
         "--workers", type=count, default=1, metavar="N", help="processes that share the work (default: %(default)s)"
+    )
+    command.add_argument(
+        "--metrics",
+        type=address,
+        metavar="[HOST:]PORT",
+        help=f"serve metrics for Prometheus there (default host: {HOST})",
     )
     command.add_argument("--stop-at-eof", action="store_true", help="stop, too, when standard input ends")
     command.add_argument("--tick", type=seconds, metavar="SECONDS", help="log a line of statistics this often")

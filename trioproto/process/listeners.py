@@ -49,14 +49,15 @@ _DROP_SYN = [
 ]
 
 
-Kind = Literal["tcp", "unix", "fd"]
+Kind = Literal["tcp", "unix", "fd", "metrics"]
 
 
 class ListenError(OSError):
     """A server cannot listen somewhere. The text says where, and why: ``cannot listen on 127.0.0.1:9000: ...``.
 
     Attributes:
-        kind: what it would have listened on: ``tcp``, a ``unix`` socket, or an inherited descriptor, ``fd``.
+        kind: what it would have listened on: ``tcp``, a ``unix`` socket, an inherited descriptor (``fd``), or
+            ``metrics``, also TCP.
         errno: as the system reported it; None for what is no name or path at all, or no listening socket.
     """
 
@@ -121,6 +122,24 @@ async def open_listeners(
             close_listeners(listeners)
             raise
         yield listeners
+
+
+@contextlib.asynccontextmanager
+async def metrics_listeners(address: tuple[str, int] | None) -> AsyncIterator[list[trio.SocketListener]]:
+    """Listen on ``address``, a host and a port, around a block; on nothing for None.
+
+    Raises:
+        ListenError: if it cannot listen there.
+    """
+    listeners: list[trio.SocketListener] = []
+    if address is not None:
+        host, port = address
+        with _listening_on("metrics", format_address(address)):
+            listeners = await trio.open_tcp_listeners(port, host=host)
+    try:
+        yield listeners
+    finally:
+        close_listeners(listeners)
 
 
 def close_listeners(listeners: Sequence[trio.SocketListener]) -> None:

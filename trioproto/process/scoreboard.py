@@ -9,15 +9,37 @@ import contextlib
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import attrs
+
+from trioproto.draining import ENDINGS
+from trioproto.server import DURATIONS, ServerStats
 
 # The environment variable by which a supervisor tells its worker of the scoreboard's descriptor, and which row is its.
 VARIABLE = "TRIOPROTO_SCOREBOARD"
 
-_COLUMNS = 3
 _NUMBER = 8  # bytes; numbers of this size are written and read as a whole
+
+
+def _counters(stats: ServerStats) -> list[int]:
+    """Return what only ever grows, as whole numbers."""
+    return [
+        stats.accepted,
+        stats.crashed,
+        stats.refused,
+        stats.accept_errors,
+        stats.received,
+        stats.sent,
+        stats.requests,
+        round(stats.seconds * 1e6),
+        *(stats.ended[how] for how in ENDINGS),
+        *stats.durations,
+    ]
+
+
+_COUNTERS = 8 + len(ENDINGS) + len(DURATIONS) + 1
+_COLUMNS = 3 + _COUNTERS
 
 
 @attrs.frozen
@@ -27,14 +49,49 @@ class Scoreboard:
     Attributes:
         fd: the descriptor of the memory, while `new_scoreboard` lasts.
         beats: how often it has given a sign of life; 0 if it does not serve.
-        accepted: how many connections it, and those that were here before it, have accepted.
-        active: how many are open now.
+        active: how many connections it has open now.
+        most: how many it may have; 0 if that is not limited.
+        counters: the numbers of its `ServerStats` that only grow, each with those of who was here before it.
     """
 
     fd: int
     beats: "memoryview[int]"
-    accepted: "memoryview[int]"
     active: "memoryview[int]"
+    most: "memoryview[int]"
+    counters: "Sequence[memoryview[int]]"
+
+    def writer(self, row: int) -> Callable[[ServerStats], None]:
+        """Return a function that writes what a new process does into ``row``.
+
+        The counters go on where those of who was here before have ended, so they never go back.
+        """
+        before = [column[row] for column in self.counters]
+
+        def write(stats: ServerStats) -> None:
+            self.active[row] = stats.active
+            for column, first, number in zip(self.counters, before, _counters(stats), strict=True):
+                column[row] = first + number
+
+        return write
+
+    def total(self) -> ServerStats:
+        """Return the sum of all rows. Its ``uptime`` is 0."""
+        numbers = [sum(column) for column in self.counters]
+        accepted, crashed, refused, accept_errors, received, sent, requests, microseconds, *rest = numbers
+        return ServerStats(
+            accepted=accepted,
+            active=sum(self.active),
+            crashed=crashed,
+            uptime=0.0,
+            refused=refused,
+            accept_errors=accept_errors,
+            received=received,
+            sent=sent,
+            requests=requests,
+            ended=dict(zip(ENDINGS, rest, strict=False)),
+            durations=tuple(rest[len(ENDINGS) :]),
+            seconds=microseconds / 1e6,
+        )
 
 
 @contextlib.contextmanager
@@ -56,7 +113,8 @@ def open_scoreboard(fd: int) -> Scoreboard:
     """Return the scoreboard whose descriptor is ``fd``."""
     numbers = memoryview(mmap.mmap(fd, 0)).cast("q")
     workers = len(numbers) // _COLUMNS
-    return Scoreboard(fd, *(numbers[column * workers : (column + 1) * workers] for column in range(_COLUMNS)))
+    beats, active, most, *counters = (numbers[column * workers :][:workers] for column in range(_COLUMNS))
+    return Scoreboard(fd, beats, active, most, counters)
 
 
 def own_row() -> tuple[Scoreboard, int] | None:

@@ -21,7 +21,7 @@ import os
 import signal
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
 import trio
@@ -30,10 +30,10 @@ from trioproto.addresses import format_address
 from trioproto.connection import REQUEST_TIMEOUT
 from trioproto.limits import ClientLimit
 from trioproto.process.heartbeat import add_heartbeat
-from trioproto.process.listeners import close_listeners, ending_fds, open_listeners
+from trioproto.process.listeners import close_listeners, ending_fds, metrics_listeners, open_listeners
 from trioproto.process.notices import notice_interval, notify, notify_alive
 from trioproto.process.proxy_protocol import Network, behind_proxies, trusted_network
-from trioproto.process.scoreboard import Scoreboard, others_have_fewer, own_row
+from trioproto.process.scoreboard import Scoreboard, new_scoreboard, others_have_fewer, own_row
 from trioproto.server import OnTick, ServerStats, check_settings, serve_listeners
 from trioproto.tls import TLSStream
 
@@ -53,7 +53,7 @@ HANDSHAKE_SECONDS = 0.35
 # terminal, or systemd, signals all of a service's processes, and a wrapper among them passes on what it gets.
 SAME_SIGNAL_SECONDS = 1.0
 
-# How often a worker gives its supervisor a sign of life.
+# How often a worker gives its supervisor a sign of life, and the metrics are brought up to date.
 BEAT_SECONDS = 1.0
 
 _STDIN = 0
@@ -82,6 +82,7 @@ async def serve_until_signal(
     reload: Callable[[], object] | None = None,
     stop_at_eof: bool = False,
     announce: Callable[[str], object] | None = None,
+    metrics: tuple[str, int] | None = None,
 ) -> ServerStats | None:
     """Serve until SIGTERM or SIGINT comes, then stop gracefully.
 
@@ -125,6 +126,9 @@ async def serve_until_signal(
             ``reload`` on standard input is like SIGHUP.
         announce: called with each listener's address, such as ``127.0.0.1:9000`` or ``unix:PATH``, once all of them
             listen and a signal would stop the server gracefully. None: each address is logged, at level INFO.
+        metrics: a host and a port, on which Prometheus may scrape ``/metrics``, until the server has stopped. The
+            numbers are at most `BEAT_SECONDS` old. Needs the extra ``metrics``. Whoever can connect there can read
+            them. None: nothing is served there.
 
     Returns:
         The last `ServerStats`, or None if a second signal cancelled the server.
@@ -132,6 +136,7 @@ async def serve_until_signal(
     Raises:
         trioproto.process.listeners.ListenError: an `OSError` whose text says where it cannot listen, and why.
         ValueError: for a setting out of its range, or if there is nothing to listen on.
+        ImportError: for ``metrics``, if prometheus_client is not installed.
         RuntimeError: outside Python's main thread, which alone receives signals (`trio.open_signal_receiver`).
         ExceptionGroup: with what `trioproto.serve_listeners` raises later on.
 
@@ -153,11 +158,14 @@ async def serve_until_signal(
     inherited = own_row()
     interval, beat = _heartbeat(inherited)
     tick, on_tick = add_heartbeat(tick, on_tick, interval, beat)
+    if metrics is not None:
+        from trioproto.process.metrics import serve_metrics  # noqa: PLC0415 - an extra
 
     async def serve(listeners: list[trio.SocketListener], shutdown: trio.Event) -> ServerStats:
         beat(ServerStats(0, 0, 0, 0.0))
         notify("READY=1")  # whoever connects waits for the accept loop now, if at all
-        return await serve_listeners(
+        serve_it = functools.partial(
+            serve_listeners,
             handler,
             listeners,
             tick=tick,
@@ -168,11 +176,39 @@ async def serve_until_signal(
             grace_period=grace_period,
             give_way=None if inherited is None else functools.partial(others_have_fewer, *inherited),
         )
+        if inherited is None and metrics is None:
+            return await serve_it()
+        with _row(inherited) as (scoreboard, row):
+            scoreboard.most[row] = max_connections or 0
+            async with trio.open_nursery() as nursery:
+                if metrics is not None:
+                    nursery.start_soon(serve_metrics, metrics_listening, scoreboard)
+                write = scoreboard.writer(row)
+                result = await serve_it(on_start=lambda stats: nursery.start_soon(_report, stats, write))
+                nursery.cancel_scope.cancel()
+        return result
 
     listening = open_listeners(port, host=host, unix=unix, fds=fds)
-    return await run_until_signal(
-        serve, listening, outliving=outliving, reload=reload, stop_at_eof=stop_at_eof, announce=announce
-    )
+    async with metrics_listeners(metrics) as metrics_listening:
+        return await run_until_signal(
+            serve, listening, outliving=outliving, reload=reload, stop_at_eof=stop_at_eof, announce=announce
+        )
+
+
+@contextlib.contextmanager
+def _row(inherited: tuple[Scoreboard, int] | None) -> Iterator[tuple[Scoreboard, int]]:
+    """Give this process's row in a scoreboard; without one from a supervisor, in one of its own."""
+    if inherited is not None:
+        yield inherited
+        return
+    with new_scoreboard(1) as scoreboard:
+        yield scoreboard, 0
+
+
+async def _report(stats: Callable[[], ServerStats], write: Callable[[ServerStats], None]) -> None:
+    while True:
+        write(stats())
+        await trio.sleep(BEAT_SECONDS)
 
 
 def _heartbeat(inherited: tuple[Scoreboard, int] | None) -> tuple[float, Callable[[ServerStats], object]]:
@@ -180,12 +216,9 @@ def _heartbeat(inherited: tuple[Scoreboard, int] | None) -> tuple[float, Callabl
     if inherited is None:
         return notice_interval(), lambda stats: notify_alive(stats.accepted, stats.active)
     scoreboard, row = inherited
-    before = scoreboard.accepted[row]
 
-    def beat(stats: ServerStats) -> None:
+    def beat(_stats: ServerStats) -> None:
         scoreboard.beats[row] += 1
-        scoreboard.accepted[row] = before + stats.accepted
-        scoreboard.active[row] = stats.active
 
     return BEAT_SECONDS, beat
 

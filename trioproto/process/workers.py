@@ -28,7 +28,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from trioproto.process.listeners import ENDING_FDS, open_listeners
+from trioproto.process.listeners import ENDING_FDS, metrics_listeners, open_listeners
 from trioproto.process.notices import VARIABLES, notice_interval, notify, notify_alive
 from trioproto.process.scoreboard import VARIABLE, Scoreboard, new_scoreboard
 from trioproto.process.service import BEAT_SECONDS, GRACE_PERIOD, HOST, RELOAD, run_until_signal
@@ -90,6 +90,7 @@ async def supervise_until_signal(
     reload: Callable[[], object] | None = None,
     stop_at_eof: bool = False,
     announce: Callable[[str], object] | None = None,
+    metrics: tuple[str, int] | None = None,
 ) -> None:
     """Have ``count`` worker processes serve until SIGTERM or SIGINT comes, then stop them gracefully.
 
@@ -111,16 +112,21 @@ async def supervise_until_signal(
             whether that will succeed, and log that it does not, once instead of by each worker.
         stop_at_eof: see there.
         announce: see there. Called before the first worker is started; connections wait in the accept queue until then.
+        metrics: see there. This process serves them, for all of the workers together. What one that dies has done in
+            its last `BEAT_SECONDS` is not counted.
 
     Raises:
         trioproto.process.listeners.ListenError: if it cannot listen there.
         ValueError: if there is nothing to listen on, or the port is out of its range.
+        ImportError: for ``metrics``, if prometheus_client is not installed.
         RuntimeError: outside Python's main thread.
         ExceptionGroup: with an `OSError`, if ``command`` cannot be started at all.
 
     On cancellation, the workers are killed and waited for, and every listener is closed.
     """
     inputs: set[trio.lowlevel.FdStream] = set()
+    if metrics is not None:
+        from trioproto.process.metrics import serve_metrics  # noqa: PLC0415 - an extra
 
     def reload_all(check: Callable[[], object]) -> None:
         check()
@@ -134,6 +140,8 @@ async def supervise_until_signal(
         with new_scoreboard(count) as scoreboard:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_notify_systemd, scoreboard)
+                if metrics is not None:
+                    nursery.start_soon(serve_metrics, metrics_listening, scoreboard)
                 await supervise_workers(
                     command(inherited),
                     count,
@@ -147,13 +155,14 @@ async def supervise_until_signal(
                 nursery.cancel_scope.cancel()
 
     listening = open_listeners(port, host=host, unix=unix, fds=fds)
-    await run_until_signal(
-        supervise,
-        listening,
-        reload=None if reload is None else functools.partial(reload_all, reload),
-        stop_at_eof=stop_at_eof,
-        announce=announce,
-    )
+    async with metrics_listeners(metrics) as metrics_listening:
+        await run_until_signal(
+            supervise,
+            listening,
+            reload=None if reload is None else functools.partial(reload_all, reload),
+            stop_at_eof=stop_at_eof,
+            announce=announce,
+        )
 
 
 async def _notify_systemd(scoreboard: Scoreboard) -> None:
@@ -170,7 +179,8 @@ async def _notify_systemd(scoreboard: Scoreboard) -> None:
         silence = 0.0 if beats != before else silence + interval
         before = beats
         if silence < HANG_SECONDS:
-            notify_alive(sum(scoreboard.accepted), sum(scoreboard.active))
+            stats = scoreboard.total()
+            notify_alive(stats.accepted, stats.active)
         await trio.sleep(interval)
 
 
