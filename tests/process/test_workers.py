@@ -399,10 +399,22 @@ async def test_worker_that_never_serves(
     assert caplog.messages == ["worker 1 has given no sign of life for 0.5 s: killed; starting another"]
 
 
+# A supervisor that takes workers to hang after 4 s already.
+IMPATIENT = """
+import sys
+from trioproto.cli.main import main
+from trioproto.process import workers
+workers.HANG_SECONDS = 4.0
+sys.exit(main())
+"""
+
+
 async def test_worker_that_hangs_while_it_serves() -> None:
     """A worker that is stopped is killed and replaced; meanwhile, the others serve."""
-    complaint = "worker [12] has given no sign of life for 10 s: killed; starting another"
-    async with serving("op", "--workers=2", complaints=[complaint]) as server:
+    complaint = "worker [12] has given no sign of life for 4 s: killed; starting another"
+    async with serving(
+        "op", "--workers=2", command=[sys.executable, "-c", IMPATIENT], complaints=[complaint]
+    ) as server:
         hanging, other = await server.workers(2)
         await server.answers_anew()
         replaced = trio.Event()
@@ -425,10 +437,10 @@ async def test_worker_that_hangs_while_it_serves() -> None:
 
 async def test_workers_that_were_frozen() -> None:
     """All processes are stopped for a while, as by a container's pause: nobody is taken to hang when they go on."""
-    async with serving("op", "--workers=2") as server:
+    async with serving("op", "--workers=2", command=[sys.executable, "-c", IMPATIENT]) as server:
         await server.answers_anew()
         with paused(server.process.pid, *await server.workers(2)):
-            await trio.sleep(12)
+            await trio.sleep(5)
         await trio.sleep(2)
         await server.answers_anew()
 
