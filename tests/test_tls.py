@@ -96,6 +96,15 @@ async def test_receive_some(max_bytes: int | None) -> None:
         assert received == message
 
 
+async def test_records_that_arrived_together() -> None:
+    """They are received together: a record holds at most 16 KiB, and each receive costs a turn."""
+    message = os.urandom(40_000)
+    async with shaken(client_tls) as (client, server):
+        await client.send_all(message)
+        await trio.sleep(0.02)
+        assert await server.receive_some() == message
+
+
 async def test_large_messages_both_ways() -> None:
     """Bulk arrives as it was sent, although neither side's system takes it at once."""
     message = os.urandom(10_000_000)
@@ -354,11 +363,23 @@ async def test_end_without_a_goodbye() -> None:
                 await server.receive_some()
 
 
+async def test_bytes_behind_the_goodbye() -> None:
+    """Whatever comes behind close_notify is left to the system's buffers, however often it is asked for."""
+    async with shaken(client_tls) as (client, server):
+        with trio.move_on_after(0.02):
+            await client.unwrap()
+        assert await server.receive_some() == b""
+        await client.transport_stream.send_all(bytes(1000))
+        await trio.sleep(0.01)
+        assert await server.receive_some() == b""
+        assert len(await server.transport_stream.receive_some()) == 1000
+
+
 async def test_bytes_that_are_no_record() -> None:
     """So it is after bytes that do not decrypt, however they come together with good ones."""
     async with shaken(client_tls) as (client, server):
         await client.send_all(b"good")
-        await client.transport_stream.send_all(b"\x17\x03\x03\x00\x20" + bytes(32))
+        await client.transport_stream.send_all((b"\x17\x03\x03\x00\x20" + bytes(32)) * 2)
         await trio.sleep(0.01)
         assert await server.receive_some() == b"good"
         for _ in range(2):
