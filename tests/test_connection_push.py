@@ -1,9 +1,11 @@
 """`Connection.push`: what is pushed goes out in order and together, and holds up nobody."""
 
+import gc
 import logging
 import os
 import re
 import socket
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -331,6 +333,25 @@ async def test_reset_while_nobody_uses_the_connection(*, tls: bool, caplog: pyte
             connection.push(bytes(size))
             await ended.wait()
     assert caplog.messages == []
+
+
+async def test_memory_of_a_client_that_broke_off() -> None:
+    """What was being sent is freed with the block, and does not wait for the garbage collector: many may break off."""
+    client, server = await socket_streams()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        with trio.fail_after(LIMIT):
+            async with Connection(server, max_unsent=2**25) as connection:
+                connection.push(bytes(2**24))
+                await trio.testing.wait_all_tasks_blocked()
+                reset(client)
+                await trio.sleep_forever()
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert held < 2**20
 
 
 async def test_push_to_a_stream_that_somebody_has_closed() -> None:

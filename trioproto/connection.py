@@ -274,6 +274,7 @@ class Connection(trio.abc.HalfCloseableStream):
         finally:
             self._drain.remove_callback(self._stop)
             self._drop()
+            self._let_go = None  # its traceback holds on to what was being sent, until garbage is collected
             await self._close_all(rest)
         if rest is None:
             return True
