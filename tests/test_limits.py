@@ -16,6 +16,7 @@ import trio.testing
 from helpers import LIMIT
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import serving as serving_process
 
 from trioproto import ServerStats, echo_handler, echo_request, serve_listeners, serve_tcp
 from trioproto.limits import ClientLimit
@@ -241,6 +242,22 @@ async def test_network_in_memory(nursery: trio.Nursery, autojump_clock: trio.tes
                 await second.receive_some()
         async with await network.connect("server", 9000, source="another") as other:
             assert await echo_request(other, b"hello") == b"hello"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_command_line(workers: int) -> None:
+    """The option reaches the server, and each worker, which counts its own connections."""
+    options = [f"--workers={workers}", "--max-connections-per-client=1"]
+    complaint = r"127\.0\.0\.1 has 1 connections, the most that a client may have: more are refused"
+    async with serving_process("op", *options, complaints=[complaint]) as server, contextlib.AsyncExitStack() as stack:
+        served = 0
+        # The reset may come before connecting is done.
+        with contextlib.suppress(trio.BrokenResourceError, ConnectionResetError):
+            while served <= workers:
+                await server.answers(await stack.enter_async_context(await server.tcp()))
+                served += 1
+        assert 1 <= served <= workers
+        server.stop()
 
 
 @pytest.mark.parametrize("limit", [0, -1])

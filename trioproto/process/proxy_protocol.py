@@ -133,6 +133,8 @@ def parse_v2(start: bytes, rest: bytes) -> tuple[str, int] | str | bytes | None:
 async def receive_header(stream: trio.abc.ReceiveStream) -> tuple[str, int] | str | bytes | None:
     """Receive a header of either version, however fragmented, and no byte beyond one that is in order.
 
+    Version 2 tells how long it is, and takes an eighth of the time.
+
     Returns:
         The client's address, as the system would give it; None if the proxy speaks for itself (LOCAL), or does not
         know the client (UNKNOWN, AF_UNSPEC).
