@@ -2,9 +2,12 @@
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from prometheus_client import generate_latest
 
 from trioproto.draining import ENDINGS
@@ -12,7 +15,8 @@ from trioproto.process.metrics import registry_of
 from trioproto.process.scoreboard import new_scoreboard
 
 ROOT = Path(__file__).parents[2]
-MANUAL = (ROOT / "examples" / "operating" / "README.md").read_text()
+DIRECTORY = ROOT / "examples" / "operating"
+MANUAL = (DIRECTORY / "README.md").read_text()
 LEVELS = {"debug", "info", "warning", "error", "exception", "critical", "log"}
 
 
@@ -51,6 +55,28 @@ def events(source: Path) -> Iterator[tuple[str, str, str]]:
                         if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
                     ]
                     yield loggers[name], "DEBUG or WARNING" if level == "log" else level.upper(), message
+
+
+@pytest.mark.parametrize("protocol", ["echo", "op"])
+def test_options(protocol: str) -> None:
+    """The manual lists each option of a server, with its default, and no other."""
+    command = [sys.executable, "-m", "trioproto", protocol, "--help"]
+    help_ = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True, timeout=30).stdout
+    table = section("Options").partition("\n\nA failure")[0]
+    options = set(re.findall(r"--[a-z][a-z-]+", help_)) - {"--help", "--verbose"}
+    assert set(re.findall(r"--[a-z][a-z-]+", table)) == options
+    defaults = dict(re.findall(r"\| `(--[a-z-]+) [A-Z]+` \| (\d+) \|", table))
+    assert defaults.keys() >= {"--max-connections", "--idle-timeout", "--request-timeout", "--grace", "--workers"}
+    help_in_one_line = " ".join(help_.split())
+    for option, default in defaults.items():
+        assert re.search(rf"{option} [A-Z]+ [^-]*?\(default: {default}(\.0)?\)", help_in_one_line), option
+
+
+def test_links() -> None:
+    """Every file that the manual links to is there."""
+    links = re.findall(r"\]\(([^)#:]+)[)#]", MANUAL)
+    assert links
+    assert [link for link in links if not (DIRECTORY / link).exists()] == []
 
 
 def test_events() -> None:
