@@ -95,7 +95,7 @@ REFUSED = OSError(errno.ECONNREFUSED, "as Python has it")
         (REFUSED, os.strerror(errno.ECONNREFUSED)),
         (caused(trio.BrokenResourceError("broken"), REFUSED), os.strerror(errno.ECONNREFUSED)),
         (caused(OSError("all attempts failed"), ExceptionGroup("", [REFUSED])), os.strerror(errno.ECONNREFUSED)),
-        (ssl.SSLError(1, "wrong version"), "wrong version"),
+        (ssl.SSLError(1, "wrong version (_ssl.c:1006)"), "wrong version"),
         (socket.gaierror(socket.EAI_NONAME, "unknown name"), "unknown name"),
         (OSError("no number"), "no number"),
         (trio.BrokenResourceError("broken"), "broken"),

@@ -1,6 +1,7 @@
 """How a socket's address is written, and why connecting to one failed: in log lines and in messages."""
 
 import os
+import re
 import ssl
 
 import trio
@@ -60,7 +61,7 @@ def failure_reason(error: BaseException) -> str:
     while (below := cause.exceptions[0] if isinstance(cause, BaseExceptionGroup) else cause.__cause__) is not None:
         cause = below
     if isinstance(cause, ssl.SSLError):  # whose errno is none of the system's
-        return str(cause)
+        return re.sub(r" \(_ssl\.c:\d+\)$", "", str(cause))  # where in Python's source it was raised
     if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
         return os.strerror(cause.errno)
     return getattr(cause, "strerror", None) or str(cause)
