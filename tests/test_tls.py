@@ -232,6 +232,27 @@ async def test_handshake_whose_wait_is_cancelled() -> None:
         await server.aclose()
 
 
+async def test_handshake_of_a_client_that_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server takes up at once what the client has sent, and does not look first what to do without it."""
+    client, server = await ends()
+    steps: list[TLSStream] = []
+    make = TLSStream._make_handshake  # noqa: SLF001
+
+    def note(stream: TLSStream) -> bool:
+        steps.append(stream)
+        return make(stream)
+
+    monkeypatch.setattr(TLSStream, "_make_handshake", note)
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.handshake)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            await server.handshake()
+        assert steps.count(server) == 2  # one for each flight of the client's
+        for stream in (client, server):
+            await trio.aclose_forcefully(stream)
+
+
 async def test_handshake_that_is_cancelled_at_its_very_end() -> None:
     """A client whose last part of the handshake waits for room, such as a large certificate, goes on with that, too."""
     authority = trustme.CA()
