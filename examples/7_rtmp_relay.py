@@ -6,7 +6,7 @@ Run it, publish to it, and watch; each in a terminal of its own, and the last on
     ffmpeg -re -f lavfi -i testsrc -c:v libx264 -pix_fmt yuv420p -g 50 -f flv rtmp://127.0.0.1:1935/live/camera
     ffplay rtmp://127.0.0.1:1935/live/camera
 
-For OBS, the server is ``rtmp://127.0.0.1:1935/live``, and the stream key ``camera``.
+For OBS, the server is ``rtmp://127.0.0.1:1935/live``, the stream key ``camera``, and the encoder one for H.264.
 
 Look at a player that joins late: it has a picture at once. Stop one with Ctrl-Z: the others go on; after ``fg`` it goes
 on as well, without what it has missed, and with whole pictures. Publish under the same name twice. End the relay with
@@ -23,6 +23,7 @@ import logging
 import os
 import struct
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import attrs
@@ -30,7 +31,7 @@ import trio
 
 from trioproto import Connection, ProtocolError, serve_until_signal
 
-# For how many seconds a client may be silent, or take nothing of what it is sent, or take over one message.
+# How many seconds a client may be silent, take nothing of what it is sent, or spend on one message.
 TIMEOUT = 30.0
 
 # What a client may make us hold. RTMP itself allows messages of 16 MiB, and any number of them at once.
@@ -296,8 +297,7 @@ async def negotiate(connection: Connection, incoming: Incoming) -> tuple[str, st
     app = ""
     async for message in connection.requests(incoming.read_message):
         match decode_command(message):
-            case ["connect", float(transaction), {"app": str(name)}, *_]:
-                app = name
+            case ["connect", float(transaction), {"app": str(app)}, *_]:
                 connection.push(encode_control(Kind.WINDOW_SIZE, WINDOW))
                 connection.push(encode_control(Kind.PEER_BANDWIDTH, WINDOW, b"\x02"))  # 2: as it is, or less
                 connection.push(encode_control(Kind.SET_CHUNK_SIZE, CHUNK_SIZE))
@@ -425,19 +425,17 @@ def push_gathered(stream: Stream) -> None:
             print(f"{player.peer} is too slow: it misses pictures up to the next key frame", flush=True)
 
 
-async def push_regularly(stream: Stream) -> None:
-    """Push what was gathered, on every beat."""
-    while True:
-        await trio.sleep(BEAT)
-        push_gathered(stream)
+def ping(stream: Stream) -> None:
+    """Have the players answer: one that has to wait long for a key frame would be let go as idle."""
+    for player in stream.players:
+        player.push(encode_user_control(PING_REQUEST, bytes(4)))
 
 
-async def ping_regularly(stream: Stream) -> None:
-    """Ping the players: one that has to wait long for a key frame would be let go as idle."""
+async def regularly(seconds: float, do: Callable[[Stream], None], stream: Stream) -> None:
+    """Do something for a stream again and again, with so many seconds in between."""
     while True:
-        await trio.sleep(TIMEOUT / 3)
-        for player in stream.players:
-            player.push(encode_user_control(PING_REQUEST, bytes(4)))
+        await trio.sleep(seconds)
+        do(stream)
 
 
 async def publish(streams: dict[str, Stream], name: str, connection: Connection, incoming: Incoming) -> None:
@@ -451,8 +449,8 @@ async def publish(streams: dict[str, Stream], name: str, connection: Connection,
     stream = streams[name] = Stream()
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(push_regularly, stream)
-            nursery.start_soon(ping_regularly, stream)
+            nursery.start_soon(regularly, BEAT, push_gathered, stream)
+            nursery.start_soon(regularly, TIMEOUT / 3, ping, stream)
             async for message in connection.requests(incoming.read_message):
                 if ends_stream(message):
                     break
