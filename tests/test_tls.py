@@ -504,6 +504,26 @@ async def test_behind_a_server(caplog: pytest.LogCaptureFixture) -> None:
     assert peer.startswith("127.0.0.1:")
 
 
+async def test_request_under_way_in_a_stop() -> None:
+    """It is finished and answered, like on a plain socket; then the client sees end of stream, and no break."""
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+
+    async def handler(stream: TLSStream) -> None:
+        async with Connection(stream) as connection:
+            async for line in connection.requests(lambda it: it.receive_until(b"\n", max_bytes=10)):
+                await connection.send_all(line.upper())
+
+    async with serving_over_tls(handler, listener) as shutdown:
+        client = client_tls(await trio.testing.open_stream_to_socket_listener(listener))
+        await client.send_all(b"one\ntw")
+        assert await receive_exactly(client, 3) == b"ONE"
+        shutdown.set()
+        await trio.sleep(0.02)
+        await client.send_all(b"o\n")
+        assert await receive_to_end(client) == b"TWO"
+        await client.aclose()
+
+
 async def test_large_echo() -> None:
     """The echo handler serves it as it does a plain socket."""
     [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
