@@ -168,6 +168,25 @@ async def test_close_while_the_peer_does_not_read(autojump_clock: trio.testing.M
             await server.aclose()
 
 
+async def test_reset() -> None:
+    """The peer sees a reset, and no goodbye before it, which would make what was cut look whole."""
+    async with shaken(client_tls) as (client, server):
+        server.reset()
+        await server.aclose()
+        with pytest.raises(trio.BrokenResourceError):
+            await client.transport_stream.receive_some()
+
+
+async def test_wait_for_room() -> None:
+    """There is none while the peer does not read."""
+    async with shaken(client_tls) as (_client, server):
+        await server.wait_send_all_might_not_block()
+        fill(server)
+        with trio.move_on_after(0.02) as waiting:
+            await server.wait_send_all_might_not_block()
+        assert waiting.cancelled_caught
+
+
 async def test_closed_under_a_receive() -> None:
     """A task that receives learns that another has closed the stream."""
     async with shaken(client_tls) as (_client, server), trio.open_nursery() as nursery:
@@ -251,6 +270,22 @@ async def test_handshake_of_a_client_that_has_begun(monkeypatch: pytest.MonkeyPa
         assert steps.count(server) == 2  # one for each flight of the client's
         for stream in (client, server):
             await trio.aclose_forcefully(stream)
+
+
+async def test_closing_in_the_middle_of_a_handshake() -> None:
+    """There is nothing to say then, and nothing is waited for."""
+    client, server = await ends()
+    with trio.fail_after(LIMIT):
+        client._make_handshake()  # noqa: SLF001 - only the start of it
+        client._flush()  # noqa: SLF001
+        fill(server)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.handshake)
+            await trio.testing.wait_all_tasks_blocked(0.02)
+            nursery.cancel_scope.cancel()
+        with trio.fail_after(1):
+            await server.aclose()
+        await trio.aclose_forcefully(client)
 
 
 async def test_handshake_that_is_cancelled_at_its_very_end() -> None:
@@ -387,9 +422,10 @@ async def test_end_without_a_goodbye() -> None:
 async def test_bytes_behind_the_goodbye() -> None:
     """Whatever comes behind close_notify is left to the system's buffers, however often it is asked for."""
     async with shaken(client_tls) as (client, server):
-        with trio.move_on_after(0.02):
-            await client.unwrap()
-        assert await server.receive_some() == b""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.unwrap)
+            assert await server.receive_some() == b""
+            nursery.cancel_scope.cancel()
         await client.transport_stream.send_all(bytes(1000))
         await trio.sleep(0.01)
         assert await server.receive_some() == b""
@@ -451,6 +487,18 @@ async def test_message_that_was_cut_by_a_cancellation() -> None:
             received = await receive_exactly(client, len(message) + 1)
         assert received == message + b"b"
         await client.aclose()
+
+
+async def test_answer_behind_a_message_that_is_being_sent() -> None:
+    """What TLS has to say itself, such as new keys, comes behind what the system has not taken yet."""
+    message = memoryview(os.urandom(_PIECE))
+    async with shaken(client_tls) as (client, server), trio.open_nursery() as nursery:
+        expected = b""
+        while server.send_nowait(message):
+            expected += message
+        server._object.write(b"answer")  # noqa: SLF001 - any record will do
+        nursery.start_soon(server.send_some, message)
+        assert await receive_exactly(client, len(expected) + _PIECE + 6) == expected + message + b"answer"
 
 
 async def test_everything_arrives_although_the_client_goes_on_sending() -> None:

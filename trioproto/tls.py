@@ -283,7 +283,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
         On cancellation, it is closed at once. A checkpoint.
         """
         try:
-            if not (self._cut or self._encrypted_size or self.needs_handshake):
+            if not (self._cut or self.needs_handshake):
                 self._say_goodbye()
                 with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                     if not self._flush():
