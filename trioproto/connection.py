@@ -936,7 +936,9 @@ class Connection(trio.abc.HalfCloseableStream):
         except trio.TooSlowError:
             raise self._too_late(_ROOM) from None
         except _FAILURES as error:
-            raise self._failure(_ROOM, error) from error
+            # From Python 3.12 on, its traceback would lead back to itself through the context manager's frame, and hold
+            # on to what was being sent until garbage is collected.
+            raise self._failure(_ROOM, error) from error.with_traceback(None)
 
     def _client_is_there(self) -> None:
         """Give a client that takes what it is sent the idle time-out anew."""
