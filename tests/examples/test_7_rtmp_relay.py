@@ -447,6 +447,29 @@ async def test_connect_may_bring_lists_and_booleans() -> None:
     assert b"NetStream.Publish.Start" in received
 
 
+async def test_others_have_their_turn_before_each_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that are long to decode, and have arrived together, do not hold up the others together."""
+    turn, turns = 0, []
+
+    def note(message: Any) -> list[Any]:
+        turns.append(turn)
+        return []
+
+    async def take_turns() -> None:
+        nonlocal turn
+        while True:
+            await trio.lowlevel.checkpoint()
+            turn += 1
+
+    monkeypatch.setitem(example["negotiate"].__globals__, "decode_command", note)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(take_turns)
+        await converse_after_handshake(10 * command("teapot", 0.0, None))
+        nursery.cancel_scope.cancel()
+
+    assert turns[-1] - turns[0] >= 8  # of the 9 in between, Trio's order may leave out one
+
+
 async def test_ping_is_answered() -> None:
     """A ping comes back with its own time stamp (section 7.1.7)."""
     received = await converse_after_handshake(chunk(2, 4, b"\0\6time") + chunk(2, 4, b"\0\3\0\0\0\1\0\0\1\0"))
