@@ -133,6 +133,8 @@ class Incoming:
         message = Message(chunk_stream.kind, chunk_stream.timestamp, bytes(chunk_stream.body))
         chunk_stream.body.clear()
         self._heed(connection, message)
+        if message.kind == Kind.COMMAND:  # to decode one may take milliseconds, and a client may send many together
+            await trio.lowlevel.checkpoint()
         return message
 
     async def _read_chunk(self, connection: Connection) -> ChunkStream:

@@ -713,9 +713,9 @@ def running() -> Iterator[Relay]:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten seconds of picture and sound, with B-frames, and a key frame each half a second."""
+    """A minute of picture and sound, with B-frames, and a key frame each half a second. It outlasts a busy machine."""
     path = tmp_path_factory.mktemp("clip") / "clip.flv"
-    source = ["-f", "lavfi", "-i", "testsrc=size=128x96:rate=20", "-f", "lavfi", "-i", "sine", "-t", "10"]
+    source = ["-f", "lavfi", "-i", "testsrc=size=128x96:rate=20", "-f", "lavfi", "-i", "sine", "-t", "60"]
     codecs = ["-c:v", "libx264", "-preset", "veryfast", "-bf", "2", "-pix_fmt", "yuv420p", "-g", "10", "-c:a", "aac"]
     subprocess.run(["ffmpeg", "-v", "error", *source, *codecs, path], check=True, timeout=LIMIT)
     return path
