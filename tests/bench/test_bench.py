@@ -703,7 +703,7 @@ def test_without_the_extra(
 # A program that runs as if only the package itself were installed, without any extra.
 WITHOUT_EXTRAS = """
 import sys
-sys.modules.update(dict.fromkeys(["hdrh", "matplotlib", "plotext", "tqdm"]))
+sys.modules.update(dict.fromkeys(["hdrh", "matplotlib", "plotext", "prometheus_client", "tqdm"]))
 from trioproto.cli.main import main
 sys.exit(main())
 """

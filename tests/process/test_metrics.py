@@ -1,5 +1,6 @@
 """Metrics: one answer for all workers, as Prometheus reads it."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -19,6 +20,7 @@ from helpers import reset
 from processes import HANGS, LOG_LINE, Server, is_refused, receive_all, serving
 from prometheus_client.parser import text_string_to_metric_families
 
+from trioproto.cli.arguments import address as parse_address
 from trioproto.cli.main import main
 from trioproto.echo import echo_handler
 from trioproto.process.listeners import ListenError
@@ -236,12 +238,10 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("wrong", ["", "x", "70000", ":9000", "::1:9000", "host:", "host:x"])
-def test_wrong_address(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_address(wrong: str) -> None:
     """What is no address is a wrong argument."""
-    with pytest.raises(SystemExit) as caught:
-        main(["op", "--port", "0", f"--metrics={wrong}"])
-    assert caught.value.code == 2
-    assert "argument --metrics: must " in capsys.readouterr().err
+    with pytest.raises(argparse.ArgumentTypeError, match="must "):
+        parse_address(wrong)
 
 
 # In an app, and with Prometheus itself.
@@ -278,6 +278,16 @@ async def test_app_with_a_port_in_use() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ListenError) as caught:
         await serve_until_signal(echo_handler, 0, metrics=taken.getsockname())
     assert caught.value.kind == "metrics"
+
+
+async def test_nothing_is_left_open() -> None:
+    """If the server itself cannot listen, the port for metrics is closed again."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = free.getsockname()
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ListenError) as caught:
+        await serve_until_signal(echo_handler, taken.getsockname()[1], metrics=address)
+    assert caught.value.kind == "tcp"
+    assert is_refused("{}:{}".format(*address))
 
 
 @contextlib.asynccontextmanager
