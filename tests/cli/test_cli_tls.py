@@ -1,5 +1,6 @@
 """TLS on the command line, as its user would use it."""
 
+import os
 import re
 import socket
 import subprocess
@@ -155,3 +156,14 @@ def test_stop_does_not_wait_for_a_handshake(files: Path) -> None:
             assert silent.recv(1) == b""
     assert server.returncode == 0
     assert f"to 127.0.0.1:{port}: timed out, awaiting a TLS handshake" in log
+
+
+def test_pipe_for_workers(files: Path, tmp_path: Path) -> None:
+    """What can be read only once is no file for workers, each of which reads it: the server does not start.
+
+    For one process it may well be a pipe, so that a key need not lie on the disk.
+    """
+    key = tmp_path / "key"
+    os.mkfifo(key)
+    line = failure(run("echo", "--port=0", "--workers=2", f"--tls-cert={files}/server.pem", f"--tls-key={key}"))
+    assert f"cannot use the TLS files: '{key}' is a pipe or a device: only a file can be read again" in line

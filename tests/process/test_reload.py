@@ -170,6 +170,20 @@ async def test_wrong_file(wrong: str, workers: int, files: Files) -> None:
 
 
 @WORKERS
+async def test_pipe(workers: int, files: Files) -> None:
+    """A pipe in the place of a file is not waited for: that nobody writes to it is no reason to serve nobody."""
+    context = files.client(files.old)
+    complaint = rf"SIGHUP: cannot reload: '{files.cert}' is a pipe or a device: .*; nothing has changed"
+    async with serving("op", f"--workers={workers}", *files.options(), tls=context, complaints=[complaint]) as server:
+        await started(server, workers)
+        files.cert.unlink()
+        os.mkfifo(files.cert)
+        server.process.send_signal(signal.SIGHUP)
+        await server.logged("cannot reload")
+        assert await certificate(server, context) == files.old.certificate()
+
+
+@WORKERS
 async def test_nothing_to_reload(workers: int) -> None:
     """Without TLS, SIGHUP is a line in the log, and nothing else; not even under load."""
     async with serving("op", f"--workers={workers}") as server, await server.connect() as stream:

@@ -37,7 +37,7 @@ from trioproto.echo import echo_handler
 from trioproto.op import Request, op_handler
 from trioproto.process.listeners import ListenError, activated_fds
 from trioproto.process.service import GRACE_PERIOD, HOST, MAX_CONNECTIONS, serve_until_signal
-from trioproto.process.tls import ServerContext, client_context, server_context
+from trioproto.process.tls import ServerContext, check_readable_again, client_context, server_context
 from trioproto.process.workers import supervise_until_signal, worker_program
 from trioproto.server import ServerStats
 from trioproto.tls import TLSStream
@@ -159,6 +159,8 @@ def _server_context(args: argparse.Namespace) -> ServerContext | None:
     if args.tls_cert is None:
         return None
     try:
+        if args.workers > 1:  # each of them reads the files, and whoever replaces it later does
+            check_readable_again(args.tls_cert, args.tls_key, args.tls_client_ca)
         return server_context(args.tls_cert, args.tls_key, args.tls_client_ca)
     except OSError as error:
         raise CommandError(_TLS_ADVICE.format(failure_reason(error))) from None

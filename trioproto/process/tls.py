@@ -2,6 +2,7 @@
 
 import os
 import ssl
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,22 @@ class ServerContext(ssl.SSLContext):
 
     _latest: ssl.SSLContext
 
-    def reload(self, cert: str, key: str | None, client_ca: str | None) -> None:
+    def load(self, cert: str, key: str | None, client_ca: str | None) -> None:
         """Use these files, as `server_context` does, for the handshakes of connections that begin from now on.
 
         Raises:
             OSError: as for `server_context`. Then nothing has changed.
         """
         self._latest = _load_server_context(cert, key, client_ca)
+
+    def reload(self, cert: str, key: str | None, client_ca: str | None) -> None:
+        """Do what `load` does, in a server that runs: it must not wait, as it would for somebody to write to a pipe.
+
+        Raises:
+            OSError: as for `server_context`, and for what is no file that can be read again. Then nothing has changed.
+        """
+        check_readable_again(cert, key, client_ca)
+        self.load(cert, key, client_ca)
 
     def wrap_bio(self, *args: Any, **kwargs: Any) -> ssl.SSLObject:
         """Begin a connection with the files that were loaded last."""
@@ -44,8 +54,27 @@ def server_context(cert: str, key: str | None, client_ca: str | None) -> ServerC
         OSError: if a file cannot be read, or does not hold what it should. The text says which, and why.
     """
     context = ServerContext(ssl.PROTOCOL_TLS_SERVER)
-    context.reload(cert, key, client_ca)
+    context.load(cert, key, client_ca)
     return context
+
+
+def check_readable_again(*files: str | None) -> None:
+    """Check that no file is a pipe or a device: what comes out of it comes once, and may have to be waited for.
+
+    Raises:
+        OSError: for the first one that is. One that cannot be read at all is left to whoever reads it.
+    """
+    for file in files:
+        if file is not None and _is_pipe_or_device(file):
+            raise OSError(f"{file!r} is a pipe or a device: only a file can be read again")
+
+
+def _is_pipe_or_device(file: str) -> bool:
+    try:
+        mode = Path(file).stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def _load_server_context(cert: str, key: str | None, client_ca: str | None) -> ssl.SSLContext:
