@@ -280,17 +280,6 @@ def test_wrong_arguments(words: str, complaint: str) -> None:
     assert complaint in done.stderr.decode().splitlines()[-1]
 
 
-@pytest.mark.parametrize("client", ["echo-client", "op-client"])
-def test_documented_options(client: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """README's table of the clients' options lists each of them, and no other."""
-    with pytest.raises(SystemExit):
-        main([client, "--help"])
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    table = readme.partition("Both clients take these options:\n")[2].partition("\n\n`pip")[0]
-    option = re.compile(r"--[a-z][a-z-]+")
-    assert {*option.findall(table), "--help", "--stdin"} == {*option.findall(capfd.readouterr().out), "--stdin"}
-
-
 # Servers
 
 
