@@ -1,14 +1,15 @@
 """One send is not one receive.
 
-TCP carries bytes, not messages: what was sent in one piece may arrive in several. This is the first echo client that
-everybody writes, with one send and one receive, beside the mended one. Both talk to the same echo server over streams
-in memory that cut their deliveries on purpose, so that what happens on a network now and then happens here every time.
+TCP carries bytes, not messages: what was sent in one piece may arrive in several. This runs the echo client that
+everybody writes first, with one send and one receive, beside a correct one. Both talk to the same echo server over
+in-memory streams that fragment what they deliver, so that what happens on a network occasionally happens here every
+time.
 
 Run it::
 
     python examples/1_short_reads.py
 
-Look for the answers of the first client: too short, and from then on the leftovers of answers before.
+Note the answers of the first client: too short, and from then on mixed up with the rest of earlier answers.
 """
 
 from collections.abc import Awaitable, Callable
@@ -25,19 +26,19 @@ Client = Callable[[trio.abc.Stream, bytes], Awaitable[bytes]]
 
 
 async def broken_client(stream: trio.abc.Stream, message: bytes) -> bytes:
-    """One send, one receive: takes whatever has arrived so far for the whole answer."""
+    """One send, one receive: treats whatever has arrived so far as the whole answer."""
     await stream.send_all(message)
     return bytes(await stream.receive_some(BUFFER_SIZE))
 
 
-async def mended_client(stream: trio.abc.Stream, message: bytes) -> bytes:
-    """Receives until as many bytes are there as were sent, and not one more."""
+async def correct_client(stream: trio.abc.Stream, message: bytes) -> bytes:
+    """Receive exactly as many bytes as were sent."""
     await stream.send_all(message)
     return await receive_exactly(stream, len(message))
 
 
 async def ask(client: Client, messages: list[bytes], cuts: Cuts) -> list[bytes]:
-    """Return the client's answers from an echo server, on one connection whose deliveries to it are cut."""
+    """Return the answers that the client gets from an echo server, on one connection that fragments them."""
     stream, served = fragmented_stream_pair(to_first=cuts)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(echo_handler, served)
@@ -46,20 +47,20 @@ async def ask(client: Client, messages: list[bytes], cuts: Cuts) -> list[bytes]:
 
 
 async def main() -> None:
-    """Show three answers of each client, then count the right ones over every way of cutting one answer."""
+    """Show three answers of each client, then count how many fragmentations of one answer each gets right."""
     print("Three messages to an echo server. Its answers arrive 5 bytes at a time.\n")
     broken = await ask(broken_client, MESSAGES, cuts=5)
-    mended = await ask(mended_client, MESSAGES, cuts=5)
-    print(f"{'sent':16}{'one send, one receive':31}receive until all is there")
-    for message, first, second in zip(MESSAGES, broken, mended, strict=True):
+    correct = await ask(correct_client, MESSAGES, cuts=5)
+    print(f"{'sent':16}{'one send, one receive':31}receive until complete")
+    for message, first, second in zip(MESSAGES, broken, correct, strict=True):
         print(f"{message.decode():16}{_verdict(first, message):31}{_verdict(second, message)}")
 
     message = b"0123456789"
     every_way = list(fragmentations(len(message)))
-    print(f"\nOne answer of {len(message)} bytes, cut in each of the {len(every_way)} ways there are:\n")
-    for name, client in [("one send, one receive", broken_client), ("receive until all is there", mended_client)]:
+    print(f"\nOne answer of {len(message)} bytes, fragmented in each of {len(every_way)} possible ways:\n")
+    for name, client in [("one send, one receive", broken_client), ("receive until complete", correct_client)]:
         right = [cuts for cuts in every_way if await ask(client, [message], cuts) == [message]]
-        note = " (the one without a cut)" if right == [(len(message),)] else ""
+        note = " (the unfragmented one)" if right == [(len(message),)] else ""
         print(f"  {name:28}right in {len(right):3} of {len(every_way)}{note}")
 
 

@@ -12,8 +12,8 @@ example = runpy.run_path(str(EXAMPLE))
 
 
 @pytest.mark.parametrize("cuts", list(fragmentations(6)))
-async def test_broken_client_is_wrong_whenever_the_answer_is_cut(cuts: tuple[int, ...]) -> None:
-    """One send and one receive give the first delivery for the answer, and the rest of it for the next answer."""
+async def test_broken_client_is_wrong_whenever_the_answer_is_fragmented(cuts: tuple[int, ...]) -> None:
+    """With one send and one receive, the first fragment passes for the answer, and the second for the next answer."""
     first, second = await example["ask"](example["broken_client"], [b"abcdef", b"ghi"], cuts)
 
     assert first == b"abcdef"[: cuts[0]]
@@ -22,13 +22,13 @@ async def test_broken_client_is_wrong_whenever_the_answer_is_cut(cuts: tuple[int
 
 
 @pytest.mark.parametrize("cuts", list(fragmentations(6)))
-async def test_mended_client_is_right_however_the_answer_is_cut(cuts: tuple[int, ...]) -> None:
-    """Receiving until all is there gives the answer, whole, and leaves the next answer untouched."""
-    assert await example["ask"](example["mended_client"], [b"abcdef", b"ghi"], cuts) == [b"abcdef", b"ghi"]
+async def test_correct_client_is_right_in_every_fragmentation(cuts: tuple[int, ...]) -> None:
+    """Receiving until the answer is complete returns all of it, and nothing of the next answer."""
+    assert await example["ask"](example["correct_client"], [b"abcdef", b"ghi"], cuts) == [b"abcdef", b"ghi"]
 
 
 def test_every_run_shows_the_same_wrong_and_right_answers() -> None:
-    """The example prints the broken client's wrong answers beside the mended one's right ones, every time."""
+    """The example prints the broken client's wrong answers beside the correct client's right ones, every time."""
     outputs = [
         subprocess.run([sys.executable, EXAMPLE], check=True, capture_output=True, text=True, timeout=60).stdout
         for _ in range(2)

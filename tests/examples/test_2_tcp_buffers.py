@@ -7,12 +7,12 @@ import pytest
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "2_tcp_buffers.py"
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the example asks Linux's kernel for its numbers")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the example reads its numbers from Linux's kernel")
 
 
 @pytest.fixture(scope="module")
 def sections() -> list[dict[str, str]]:
-    """The printed sections: for each a dict of what a line says to the number that it gives."""
+    """The printed sections: for each, the numbers by their labels."""
     run = subprocess.run([sys.executable, EXAMPLE], check=True, capture_output=True, text=True, timeout=60)
     assert max(map(len, run.stdout.splitlines())) <= 80
     return [
@@ -24,14 +24,14 @@ def sections() -> list[dict[str, str]]:
 def test_sends_and_receives_do_not_match(sections: list[dict[str, str]]) -> None:
     """Several sends arrive in one receive, and one send arrives in several receives."""
     rows = sections[1]
-    assert rows["5 sends of 3 bytes, nobody receives yet: segments"] == "5"
+    assert rows["5 sends of 3 bytes, no receive yet: segments"] == "5"
     assert rows["then receives, of 15 bytes"] == "1"
     (receives,) = (int(number) for label, number in rows.items() if label.startswith("receives, of"))
     assert receives > 1
 
 
-def test_blocked_senders_bytes_lie_in_one_buffer_or_the_other(sections: list[dict[str, str]]) -> None:
-    """What is sent and not received lies in the output or the input buffer, until the window is 0; none is lost."""
+def test_blocked_senders_bytes_are_in_one_buffer_or_the_other(sections: list[dict[str, str]]) -> None:
+    """What is sent and not received is in the output or the input buffer; sending blocks when the window is closed."""
     rows = sections[2]
     sent = int(rows["sent, then blocked"])
     output = int(rows["of these in the sender's output buffer"])
@@ -39,14 +39,14 @@ def test_blocked_senders_bytes_lie_in_one_buffer_or_the_other(sections: list[dic
     assert output > 0
     assert unread > 0
     assert output + unread == sent
-    assert int(rows["window at first: the receiver would take"]) > 0
-    assert int(rows["window now: the receiver would take"]) < 10_000
-    assert int(rows["window again: the receiver would take"]) > 10_000
+    assert int(rows["window at first: the receiver accepts"]) > 0
+    assert int(rows["window now: the receiver accepts"]) < 10_000
+    assert int(rows["window afterwards: the receiver accepts"]) > 10_000
     assert int(rows["then received, all as sent"]) == sent
 
 
-def test_output_buffer_arrives_after_close(sections: list[dict[str, str]]) -> None:
-    """Closing a socket does not take back what it has sent."""
+def test_output_buffer_is_sent_after_close(sections: list[dict[str, str]]) -> None:
+    """What a program sent before it closed its socket still arrives, followed by end of stream."""
     rows = sections[3]
     assert int(rows["in the output buffer when the sender closes"]) > 0
     assert rows["received after close, all as sent"] == rows["sent"]
@@ -54,7 +54,7 @@ def test_output_buffer_arrives_after_close(sections: list[dict[str, str]]) -> No
 
 
 def test_unread_input_is_lost_with_a_reset(sections: list[dict[str, str]]) -> None:
-    """Bytes that TCP has acknowledged and nobody has received are lost at close, and the peer sees ECONNRESET."""
+    """Bytes that the kernel acknowledged and the program never received are lost at close; the peer gets ECONNRESET."""
     rows = sections[4]
     assert rows["still in the sender's output buffer: all acknowledged"] == "0"
     assert rows["unread in the input buffer when the receiver closes"] == "10"
@@ -62,11 +62,11 @@ def test_unread_input_is_lost_with_a_reset(sections: list[dict[str, str]]) -> No
     assert rows["and then"] == "ECONNRESET"
 
 
-def test_unread_input_takes_the_output_buffer_along(sections: list[dict[str, str]]) -> None:
-    """A socket closed with unread input sends a reset instead of what is left in its output buffer."""
+def test_unread_input_discards_the_output_buffer(sections: list[dict[str, str]]) -> None:
+    """A socket that is closed with unread input sends a reset instead of the rest of its output buffer."""
     rows = sections[5]
     left = int(rows["in the output buffer when the sender closes"])
-    arrived = int(rows["of these the receiver gets"])
+    arrived = int(rows["of these received"])
     assert left > 0
     assert arrived == int(rows["sent"]) - left
     assert rows["and then"] == "ECONNRESET"
