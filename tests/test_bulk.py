@@ -72,7 +72,7 @@ def lack(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.usefixtures("lack")
 @pytest.mark.parametrize(
-    ("megabytes", "pause"), [pytest.param(200, 0, id="all at once"), pytest.param(5, 0.002, id="slow reader")]
+    ("megabytes", "pause"), [pytest.param(50, 0, id="all at once"), pytest.param(5, 0.002, id="slow reader")]
 )
 async def test_bulk_echo(megabytes: int, pause: float, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture) -> None:
     """A bulk echo comes back unharmed, whether or not the kernel moves it, and whether or not the reader is slow."""
