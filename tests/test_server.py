@@ -1,5 +1,6 @@
 """`serve_tcp` and `serve_listeners`: calls, crashes, cancellation, accept errors, ticks."""
 
+import contextlib
 import errno
 import logging
 import math
@@ -9,6 +10,7 @@ import struct
 import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
@@ -16,7 +18,7 @@ import trio.testing
 from helpers import MemoryListener
 
 import trioproto
-from trioproto import ServerStats, echo_handler, echo_request, serve_listeners, serve_tcp
+from trioproto import ServerStats, echo_handler, echo_request, serve_listeners, serve_tcp, serve_until_signal
 
 Stream = trio.abc.HalfCloseableStream
 LIMIT = 10  # seconds, for what may go wrong on real sockets
@@ -536,3 +538,17 @@ async def test_wrong_arguments_of_serve_tcp() -> None:
     """Wrong arguments leave no listening socket behind."""
     with trio.fail_after(1), pytest.raises(ValueError, match="tick"):
         await serve_tcp(echo_handler, 0, host="127.0.0.1", tick=0)
+
+
+async def test_handler_that_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler that was called, where it was to be passed, is a `TypeError` that says so, before anything is open."""
+    monkeypatch.delattr(trio, "open_tcp_listeners")
+    called: Any = echo_handler(trio.testing.memory_stream_pair()[0])
+    with contextlib.closing(called):
+        for serve in (
+            partial(trioproto.serve_listeners, called, [MemoryListener()]),
+            partial(serve_tcp, called, 0, host="127.0.0.1"),
+            partial(serve_until_signal, called, 0),
+        ):
+            with trio.fail_after(1), pytest.raises(TypeError, match=r"handler must be .* not <coroutine .*: pass the"):
+                await serve()

@@ -178,6 +178,7 @@ async def serve_listeners(
         The last `ServerStats`, when ``shutdown`` was set and every connection has ended.
 
     Raises:
+        TypeError: for a ``handler`` that is no function.
         ValueError: for a setting out of its range, an ``on_tick`` without ``tick``, or no listeners: a server that
             nobody can connect to is a mistake, and without an acceptor nothing would tick.
         OSError: in the nursery's exception group, if accepting fails because of the listener itself (accept(2):
@@ -187,6 +188,7 @@ async def serve_listeners(
     On cancellation, every connection is cancelled and every listener closed. ``shutdown`` cancels an ``on_tick`` that
     is running.
     """
+    check_handler(handler)
     check_settings(tick, on_tick, max_connections, max_connections_per_client, grace_period)
     if not listeners:
         raise ValueError("listeners must not be empty")
@@ -254,6 +256,7 @@ async def serve_tcp(
     On cancellation, every connection is cancelled and every listener closed.
     """
     # Before anything is open that would be left so.
+    check_handler(handler)
     check_settings(tick, on_tick, max_connections, max_connections_per_client, grace_period)
     listeners = await trio.open_tcp_listeners(port, host=host, backlog=backlog)
     return await serve_listeners(
@@ -267,6 +270,12 @@ async def serve_tcp(
         grace_period=grace_period,
         task_status=task_status,
     )
+
+
+def check_handler(handler: object) -> None:
+    """Raise `TypeError` for what is no function, such as the coroutine that a call of one has returned."""
+    if not callable(handler):
+        raise TypeError(f"handler must be an async function, not {handler!r}: pass the function without calling it")
 
 
 def check_settings(

@@ -34,7 +34,7 @@ from trioproto.process.listeners import close_listeners, ending_fds, metrics_lis
 from trioproto.process.notices import notice_interval, notify, notify_alive
 from trioproto.process.proxy_protocol import Network, behind_proxies, trusted_network
 from trioproto.process.scoreboard import Scoreboard, new_scoreboard, others_have_fewer, own_row
-from trioproto.server import OnTick, ServerStats, check_settings, serve_listeners
+from trioproto.server import OnTick, ServerStats, check_handler, check_settings, serve_listeners
 from trioproto.tls import TLSStream
 
 _log = logging.getLogger(__name__)
@@ -135,6 +135,7 @@ async def serve_until_signal(
 
     Raises:
         trioproto.process.listeners.ListenError: an `OSError` whose text says where it cannot listen, and why.
+        TypeError: for a ``handler`` that is no function.
         ValueError: for a setting out of its range, or if there is nothing to listen on.
         ImportError: for ``metrics``, if prometheus_client is not installed.
         RuntimeError: outside Python's main thread, which alone receives signals (`trio.open_signal_receiver`).
@@ -146,7 +147,9 @@ async def serve_until_signal(
     trusted = [trusted_network(network) for network in proxy_protocol]
     if not proxy_timeout > 0:
         raise ValueError(f"proxy_timeout is {proxy_timeout}: not above 0 seconds")
-    check_settings(tick, on_tick, max_connections, max_connections_per_client, grace_period)  # before anything is open
+    # Before anything is open.
+    check_handler(handler)
+    check_settings(tick, on_tick, max_connections, max_connections_per_client, grace_period)
     if ssl_context is not None:
         handler = _over_tls(handler, ssl_context)
     if trusted:
