@@ -8,6 +8,7 @@ import socket
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import trio
@@ -549,4 +550,38 @@ async def test_pushed_before_the_end_of_this_side() -> None:
             assert received == b"before"
             connection.push(b"after")
             assert connection.unsent == 0
+            await client.aclose()
+
+
+@pytest.mark.parametrize("data", ["text", "", [1, 2], None], ids=repr)
+@pytest.mark.parametrize("max_unsent", [None, 10])
+async def test_not_bytes(data: Any, max_unsent: int | None) -> None:
+    """What is no bytes is a `TypeError` of whoever sends it, which says what it must be; the connection goes on."""
+    ours, client = trio.testing.memory_stream_pair()
+    complaint = f"data must be bytes, bytearray or memoryview, not {type(data).__name__}"
+    with trio.fail_after(LIMIT):
+        async with Connection(ours, max_unsent=max_unsent) as connection:
+            with pytest.raises(TypeError, match=complaint):
+                connection.push(data)
+            with pytest.raises(TypeError, match=complaint):
+                await connection.send_all(data)
+            assert connection.unsent == 0
+            await connection.send_all(b"goes on")
+            await client.aclose()
+            assert await connection.receive_some() == b""
+
+
+async def test_push_of_views() -> None:
+    """A view is pushed and counted by its bytes, not by its items; what is changed after a push is sent as it was."""
+    ours, client = trio.testing.memory_stream_pair()
+    items = bytearray(b"01234567")
+    with trio.fail_after(LIMIT):
+        async with Connection(ours) as connection:
+            connection.push(memoryview(items).cast("I"))
+            connection.push(items)
+            items[:] = b"changed!"
+            assert connection.unsent == 16
+            await connection.send_all(b"")
+            assert connection.unsent == 0
+            assert await receive_exactly(client, 16) == b"0123456701234567"
             await client.aclose()

@@ -697,6 +697,7 @@ class Connection(trio.abc.HalfCloseableStream):
             data: a message, of any size. It is not mixed with what other tasks push meanwhile.
 
         Raises:
+            TypeError: if ``data`` is something else, such as a string; nothing is sent then.
             ClientError: if the client broke the connection, or made no room for the idle time-out.
             trio.BusyResourceError: if another task is in `send_all`, `send_eof` or `wait_send_all_might_not_block`.
             trio.ClosedResourceError: if the connection, or this side of it, is closed.
@@ -704,6 +705,7 @@ class Connection(trio.abc.HalfCloseableStream):
         On cancellation, nothing or part of it was sent. On a socket, what is left of it then is sent before anything
         else; other streams send nothing more. A checkpoint.
         """
+        _check_data(data)
         self._begin_sending()
         try:
             await trio.lowlevel.checkpoint()
@@ -776,10 +778,16 @@ class Connection(trio.abc.HalfCloseableStream):
 
         Args:
             data: a message.
+
+        Raises:
+            TypeError: if ``data`` is something else, such as a string.
         """
+        if not isinstance(data, bytes):
+            _check_data(data)
+            data = bytes(data)
         if self._closed or self._eof_sent or not data:
             return
-        self._owed.append(data if isinstance(data, bytes) else bytes(data))
+        self._owed.append(data)
         self._promised += len(data)
         if self._max_unsent is None:
             return
@@ -1075,3 +1083,8 @@ class _Requests(Generic[RequestT]):
 
     def __anext__(self) -> Awaitable[RequestT]:
         return self._connection._read_request(self._read)  # noqa: SLF001 - this is part of it
+
+
+def _check_data(data: object) -> None:
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise TypeError(f"data must be bytes, bytearray or memoryview, not {type(data).__name__}")
