@@ -5,12 +5,14 @@ Starting Python and importing Trio takes a hundred times as long as what most co
 
 import contextlib
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
 
 from trioproto.cli.main import main
+from trioproto.process.service import SIGNALS
 
 # What a pipe holds at least (pipe(7)), so that writing to it does not wait.
 _PIPE_SIZE = 65536
@@ -19,7 +21,7 @@ _PIPE_SIZE = 65536
 def run(*arguments: str | bytes, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     """Run a command to its end, on standard streams of its own: a pipe that holds ``stdin``, and two files."""
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-        with _standard_streams(stdin, stdout, stderr):
+        with _standard_streams(stdin, stdout, stderr), _signals_restored():
             status: Any
             try:
                 status = main([os.fsdecode(argument) for argument in arguments])
@@ -28,6 +30,16 @@ def run(*arguments: str | bytes, stdin: bytes = b"") -> subprocess.CompletedProc
         stdout.seek(0)
         stderr.seek(0)
         return subprocess.CompletedProcess(arguments, status, stdout.read(), stderr.read())
+
+
+@contextlib.contextmanager
+def _signals_restored() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Servers, and what a signal, a terminal or a closed stream does, are processes of
 """
 
 import contextlib
+import errno
 import os
 import pty
 import random
@@ -22,9 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from commands import run
 
 from trioproto.cli.main import main
+from trioproto.process.listeners import ListenError
+from trioproto.process.service import SIGNALS
 
 # Seconds after which a command hangs, even on a machine that has much else to do.
 TIMEOUT = 30.0
@@ -389,6 +393,42 @@ def test_socket_and_host(workers: str, tmp_path: Path) -> None:
             assert finish(server).returncode == 0
         assert len(lines.splitlines()) == expected
         assert lines.startswith(f"trioproto op listening on unix:{path}\n".encode())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="it is about workers")
+def test_workers_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is not allowed as many processes, or descriptors, as it needs fails with one line."""
+
+    async def open_process(*_args: object, **_options: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(trio.lowlevel, "open_process", open_process)
+    line = failure(run("echo", "--port", "0", "--workers", "2"))
+    assert line.startswith("trioproto: cannot serve: Resource temporarily unavailable; ")
+    assert "ulimit -a" in line
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signal_before_a_server_listens(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until a server listens, signals do what they do without one."""
+    heeded: list[int] = []
+
+    def heed(number: int, _frame: object) -> None:
+        heeded.append(number)
+
+    async def serve(*_args: object, **_options: object) -> None:
+        await trio.lowlevel.checkpoint()
+        signal.raise_signal(number)
+        raise ListenError("tcp", "nowhere", OSError("that is enough"))
+
+    monkeypatch.setattr("trioproto.cli.main.serve_until_signal", serve)
+    before = signal.signal(number, heed)
+    try:
+        assert "that is enough" in failure(run("echo"))
+    finally:
+        signal.signal(number, before)
+    assert heeded == [number]
 
 
 def test_server_nobody_listens_to() -> None:

@@ -208,6 +208,18 @@ async def test_ready_when_every_worker_serves(manager: Manager) -> None:
             assert b"NOTIFY_SOCKET" not in Path(f"/proc/{pid}/environ").read_bytes()  # noqa: ASYNC240
 
 
+async def test_reload_while_workers_start(manager: Manager) -> None:
+    """SIGHUP before every worker serves does not make the service ready."""
+    async with serving("op", "--workers=2", command=under(manager)) as server:
+        [worker, _] = await server.workers(2)
+        with paused(worker):
+            server.process.send_signal(signal.SIGHUP)
+            await server.logged("SIGHUP: there is nothing to reload")
+            with trio.move_on_after(0.2):
+                pytest.fail(f"systemd was told {await manager.notice()}")
+        assert await manager.until("READY=1") == []
+
+
 async def test_numbers_outlive_a_worker(manager: Manager) -> None:
     """What a worker had accepted counts on when another has replaced it; what was open has ended."""
     command = under(manager, "WATCHDOG_USEC=400000")
@@ -263,7 +275,7 @@ async def test_workers_that_are_silent(
         monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
         monkeypatch.setenv("WATCHDOG_USEC", "4000000")
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_notify_systemd, scoreboard)
+            nursery.start_soon(_notify_systemd, scoreboard, trio.Event())
             await trio.sleep(5)
             scoreboard.beats[0] = 1
             await trio.sleep(5)  # worker 2 has not started yet

@@ -305,6 +305,17 @@ async def test_signals_to_all_processes(first: str, times: int) -> None:
         check_gone(workers)
 
 
+@pytest.mark.parametrize("repeated", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+async def test_signals_until_the_end(repeated: signal.Signals) -> None:
+    """Signals that come within a second change nothing, not even the exit status of a server that has ended already."""
+    async with serving("op") as server:
+        server.stop(signal.SIGTERM)
+        with trio.move_on_after(0.9):
+            while server.process.poll() is None:
+                server.process.send_signal(repeated)
+                await trio.sleep(0.001)
+
+
 async def test_signals_to_workers_some_time_before() -> None:
     """Until the supervisor is signalled, too, whoever comes is served."""
     async with serving("op", "--workers=2", "--grace=60") as server, await server.tcp() as stream:

@@ -10,7 +10,7 @@ import shlex
 import signal
 import ssl
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import trio
@@ -36,7 +36,7 @@ from trioproto.connection import IDLE_TIMEOUT, REQUEST_TIMEOUT
 from trioproto.echo import echo_handler
 from trioproto.op import Request, op_handler
 from trioproto.process.listeners import ListenError, activated_fds
-from trioproto.process.service import GRACE_PERIOD, HOST, MAX_CONNECTIONS, serve_until_signal
+from trioproto.process.service import GRACE_PERIOD, HOST, MAX_CONNECTIONS, SIGNALS, serve_until_signal
 from trioproto.process.tls import ServerContext, check_readable_again, client_context, server_context
 from trioproto.process.workers import supervise_until_signal, worker_program
 from trioproto.server import ServerStats
@@ -128,29 +128,30 @@ async def _serve(args: argparse.Namespace) -> None:
         else functools.partial(context.reload, args.tls_cert, args.tls_key, args.tls_client_ca),
         "stop_at_eof": args.stop_at_eof,
         "metrics": args.metrics,
-        "announce": functools.partial(_print_address, args.protocol),
     }
-    try:
-        if args.workers > 1:
-            command = functools.partial(_worker_command, args)
-            await supervise_until_signal(command, args.workers, tcp_port, **service)
-            return
-        stats = await serve_until_signal(
-            functools.partial(
-                _HANDLERS[args.protocol], idle_timeout=args.idle_timeout, request_timeout=args.request_timeout
-            ),
-            tcp_port,
-            proxy_protocol=args.proxy_protocol,
-            proxy_timeout=args.request_timeout,
-            ssl_context=context,
-            max_connections=args.max_connections,
-            max_connections_per_client=args.max_connections_per_client,
-            tick=args.tick,
-            on_tick=_log_stats if args.tick else None,
-            **service,
-        )
-    except ListenError as error:
-        raise CommandError(f"{error}; {_LISTEN_ADVICE[error.kind]}") from None
+    with _late_signals_ignored() as listening, _failure_in_one_line():
+        try:
+            service["announce"] = functools.partial(_print_address, args.protocol, listening)
+            if args.workers > 1:
+                command = functools.partial(_worker_command, args)
+                await supervise_until_signal(command, args.workers, tcp_port, **service)
+                return
+            stats = await serve_until_signal(
+                functools.partial(
+                    _HANDLERS[args.protocol], idle_timeout=args.idle_timeout, request_timeout=args.request_timeout
+                ),
+                tcp_port,
+                proxy_protocol=args.proxy_protocol,
+                proxy_timeout=args.request_timeout,
+                ssl_context=context,
+                max_connections=args.max_connections,
+                max_connections_per_client=args.max_connections_per_client,
+                tick=args.tick,
+                on_tick=_log_stats if args.tick else None,
+                **service,
+            )
+        except ListenError as error:
+            raise CommandError(f"{error}; {_LISTEN_ADVICE[error.kind]}") from None
     if stats is not None:
         await _log_stats(stats)
 
@@ -166,7 +167,50 @@ def _server_context(args: argparse.Namespace) -> ServerContext | None:
         raise CommandError(_TLS_ADVICE.format(failure_reason(error))) from None
 
 
-def _print_address(protocol: str, address: str) -> None:
+@contextlib.contextmanager
+def _late_signals_ignored() -> Iterator[Callable[[], None]]:
+    """Have signals change nothing any more once the server in this block has ended.
+
+    Python takes a while to end a process then. What stops a server may well send a signal twice, and the second one
+    would have the process die of it, with another exit status.
+
+    Yields:
+        A function to call when signals are the server's. If that has not happened, they do what they did before.
+    """
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
+    listening = False
+
+    def listens() -> None:
+        nonlocal listening
+        listening = True
+
+    def heed(number: int, _frame: object) -> None:
+        if not listening:
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
+
+    for number in SIGNALS:
+        signal.signal(number, heed)
+    try:
+        yield listens
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if listening else handler)
+
+
+@contextlib.contextmanager
+def _failure_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except* OSError as group:
+        reason = failure_reason(group)
+        raise CommandError(
+            f"cannot serve: {reason}; a limit of this process, or of the system, may be too low (ulimit -a)"
+        ) from None
+
+
+def _print_address(protocol: str, listening: Callable[[], None], address: str) -> None:
+    listening()
     if sys.stdout is not None:  # None: whoever started this closed it and does not want to know
         write_text(f"trioproto {protocol} listening on {address}\n")
 

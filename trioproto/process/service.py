@@ -62,6 +62,7 @@ _STDIN = 0
 RELOAD = b"reload\n"
 
 _HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+SIGNALS = [signal.SIGINT, signal.SIGTERM] if _HANGUP is None else [signal.SIGINT, signal.SIGTERM, _HANGUP]
 
 
 async def serve_until_signal(
@@ -241,6 +242,7 @@ async def run_until_signal(
     *,
     outliving: Collection[int] = (),
     reload: Callable[[], object] | None = None,
+    ready: trio.Event | None = None,
     stop_at_eof: bool = False,
     announce: Callable[[str], object] | None = None,
 ) -> ResultT | None:
@@ -253,6 +255,8 @@ async def run_until_signal(
         outliving: descriptors of those listeners whose sockets have another server. They are closed once the event is
             set, so that nothing more is accepted from them.
         reload: as for `serve_until_signal`.
+        ready: set when systemd has been told that the service is ready. A reload before that says nothing of it. None:
+            ``serve`` tells it at once.
         stop_at_eof: whether the end of standard input stops it, too, and a line ``reload`` there calls ``reload``.
         announce: called with each listener's address before ``serve``, when signals are already waited for. None: the
             addresses are logged.
@@ -276,8 +280,7 @@ async def run_until_signal(
         listeners = await accepting.enter_async_context(listening)
         with contextlib.ExitStack() as closing:
             closing.callback(close_listeners, listeners)
-            heeded = [signal.SIGINT, signal.SIGTERM] if _HANGUP is None else [signal.SIGINT, signal.SIGTERM, _HANGUP]
-            signals = closing.enter_context(trio.open_signal_receiver(*heeded))
+            signals = closing.enter_context(trio.open_signal_receiver(*SIGNALS))
             for listener in listeners:
                 announce(format_address(listener.socket.getsockname()))
             async with trio.open_nursery() as nursery:
@@ -290,7 +293,7 @@ async def run_until_signal(
                     shutdown.set()
                     close_listeners([listener for listener in listeners if listener.socket.fileno() in outliving])
 
-                nursery.start_soon(_heed_signals, signals, stopping, reload, nursery.cancel_scope)
+                nursery.start_soon(_heed_signals, signals, stopping, reload, ready, nursery.cancel_scope)
                 if stop_at_eof:
                     nursery.start_soon(_heed_stdin, stopping, reload)
                 nursery.start_soon(stop)
@@ -300,11 +303,17 @@ async def run_until_signal(
 
 
 async def _heed_signals(
-    signals: AsyncIterator[int], stopping: trio.Event, reload: Callable[[], object] | None, under_way: trio.CancelScope
+    signals: AsyncIterator[int],
+    stopping: trio.Event,
+    reload: Callable[[], object] | None,
+    ready: trio.Event | None,
+    under_way: trio.CancelScope,
 ) -> None:
     began = math.inf
     async for number in signals:
-        if number == _HANGUP:
+        if number == _HANGUP and ready is not None and not ready.is_set():
+            _reload("SIGHUP", reload)
+        elif number == _HANGUP:
             notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
             _reload("SIGHUP", reload)
             notify("READY=1")

@@ -125,6 +125,7 @@ async def supervise_until_signal(
     On cancellation, the workers are killed and waited for, and every listener is closed.
     """
     inputs: set[trio.lowlevel.FdStream] = set()
+    ready = trio.Event()
     if metrics is not None:
         from trioproto.process.metrics import serve_metrics  # noqa: PLC0415 - an extra
 
@@ -139,7 +140,7 @@ async def supervise_until_signal(
         inherited = [listener.socket.fileno() for listener in listeners]
         with new_scoreboard(count) as scoreboard:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_notify_systemd, scoreboard)
+                nursery.start_soon(_notify_systemd, scoreboard, ready)
                 if metrics is not None:
                     nursery.start_soon(serve_metrics, metrics_listening, scoreboard)
                 await supervise_workers(
@@ -160,12 +161,13 @@ async def supervise_until_signal(
             supervise,
             listening,
             reload=None if reload is None else functools.partial(reload_all, reload),
+            ready=ready,
             stop_at_eof=stop_at_eof,
             announce=announce,
         )
 
 
-async def _notify_systemd(scoreboard: Scoreboard) -> None:
+async def _notify_systemd(scoreboard: Scoreboard, ready: trio.Event) -> None:
     """Say that the service is ready once every worker serves, and then that it is alive as long as any of them is."""
     interval = notice_interval()
     if interval == math.inf:
@@ -173,6 +175,7 @@ async def _notify_systemd(scoreboard: Scoreboard) -> None:
     while 0 in scoreboard.beats:  # noqa: ASYNC110 - shared memory has no event
         await trio.sleep(STARTING_LOOK)
     notify("READY=1")
+    ready.set()
     silence, before = 0.0, [0]
     while True:
         beats = scoreboard.beats.tolist()
