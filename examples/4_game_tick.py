@@ -1,17 +1,17 @@
-"""A game server's tick: the world goes out to every player on schedule, whether anyone connects or not.
+"""A game server's tick: every player gets the world on schedule, whether anyone connects or not.
 
 This is what a timeout on ``accept()`` is for. The game: players stand on a field, and send ``<``, ``>``, ``^`` or ``v``
-to move. At each tick everybody moves, by one step at most, and is sent the world: the whole field, as text.
+to move. At each tick, every player moves by at most one step, and gets the world: the whole field, as text.
 
 Run it; two players and a crowd play by themselves for 3 seconds, then the server stops::
 
     python examples/4_game_tick.py
 
-Look at the columns "due" and "came": nothing delays a tick, neither a crowd that connects at once nor player B, who
-receives nothing for a while. Then look at what B was sent after that: not the worlds of the past, but the newest one.
-At the end, look at what the stop is to A: the last world, whole, then a farewell and end of stream.
+Note the columns "due" and "came": nothing delays a tick, neither a crowd that connects at once nor player B, which
+receives nothing for a while. Afterwards B gets the newest world, and not those that it missed. When the server stops,
+A gets the last world, complete, then a farewell and end of stream.
 
-Or play yourself, in two or more terminals, against a server in another one (Ctrl-C ends each)::
+Or play yourself: run the server in one terminal, and play in two or more others (Ctrl-C ends each)::
 
     python examples/4_game_tick.py 9192
     stty -icanon -echo; nc 127.0.0.1 9192; stty sane
@@ -30,27 +30,27 @@ import trio
 
 from trioproto import Connection, ServerStats, serve_listeners
 
-TICK = 0.125  # seconds; a float holds all its multiples exactly
+TICK = 0.125  # seconds; its multiples are exact as floats
 WIDTH, HEIGHT = 60, 8
 STEPS = {"<": (-1, 0), ">": (1, 0), "^": (0, -1), "v": (0, 1)}
 MAX_PLAYERS = 26  # one for each letter
 
-# A player who takes nothing of a world for so many seconds is let go, also when the server stops.
+# A player that receives nothing for this many seconds is disconnected, also when the server stops.
 PATIENCE = 10.0
 
-# How many bytes may wait for one player. A world has about 500, and no more than one world ever waits.
+# How many unsent bytes one player may have. A world is about 500, and at most one world is ever unsent.
 MAX_UNSENT = 4096
 
-# What waits in the kernel's buffers is old when it arrives, so a game asks for small ones, in bytes. Linux gives two to
-# four times as many, and needs much of that for itself.
+# Bytes. What waits in the kernel's buffers is outdated when it arrives, so a game asks for small ones. Linux allocates
+# two to four times as much, and uses much of it for bookkeeping.
 BUFFER_SIZE = 1024
 
-CLEAR = "\x1b[2J\x1b[H"  # a terminal's screen; the next world is drawn over the last one
+CLEAR = "\x1b[2J\x1b[H"  # clears a terminal before the next world is drawn
 
 
 @attrs.define
 class Player:
-    """Where a player stands, the step to take at the next tick, and the tick whose world was sent last."""
+    """A player's position, the step to take at the next tick, and the tick whose world was sent last."""
 
     connection: Connection
     x: int = WIDTH // 2
@@ -60,7 +60,7 @@ class Player:
 
 
 class World:
-    """The field. What players send is noted at once, but only a tick moves them."""
+    """The field. Keys are recorded as they arrive, but only a tick moves players."""
 
     def __init__(self) -> None:
         self.players: dict[str, Player] = {}
@@ -73,22 +73,22 @@ class World:
         return letter
 
     async def tick(self, stats: ServerStats) -> None:
-        """Move everybody, and send the new world to all. Waits for nobody, so nobody can hold it up."""
-        self.number = int(stats.uptime / TICK)  # by the clock: should the machine stand still, ticks are left out
+        """Move every player, and push the new world to all. This never waits for a client."""
+        self.number = int(stats.uptime / TICK)  # by the clock: if the machine stalls, ticks are skipped
         for player in self.players.values():
             player.x = min(max(player.x + player.step[0], 0), WIDTH - 1)
             player.y = min(max(player.y + player.step[1], 0), HEIGHT - 1)
             player.step = (0, 0)
         world = self.draw().encode()
         for player in self.players.values():
-            # A player who has not taken an older world yet is left out: a later tick has a newer one.
+            # A player with an older world still unsent is skipped: a later tick has a newer one.
             if not player.connection.unsent:
                 player.connection.push(world)
                 player.sent = self.number
         await trio.lowlevel.checkpoint()
 
     def draw(self) -> str:
-        """Return the world as it is sent."""
+        """Return the world as text."""
         rows = [["."] * WIDTH for _ in range(HEIGHT)]
         for letter, player in self.players.items():
             rows[player.y][player.x] = letter
@@ -96,9 +96,9 @@ class World:
 
 
 async def play(world: World, stream: trio.abc.Stream) -> None:
-    """Serve one player: note the moves that come in, until the player leaves or the server stops.
+    """Serve one player: record the keys that arrive, until the player leaves or the server stops.
 
-    The worlds go out meanwhile, pushed by the tick.
+    Meanwhile, the tick pushes the worlds.
     """
     async with Connection(stream, idle_timeout=PATIENCE, max_unsent=MAX_UNSENT) as connection:
         letter = world.enter(connection)
@@ -120,7 +120,7 @@ async def listen(port: int) -> trio.SocketListener:
 
 
 async def serve(world: World, listener: trio.abc.Listener[trio.abc.Stream], shutdown: trio.Event) -> None:
-    """Serve the game until ``shutdown`` is set: players in tasks of their own, and a tick from the accept loop."""
+    """Serve the game until ``shutdown`` is set. The accept loop makes the ticks."""
     await serve_listeners(
         functools.partial(play, world),
         [listener],
@@ -131,14 +131,14 @@ async def serve(world: World, listener: trio.abc.Listener[trio.abc.Stream], shut
     )
 
 
-# That was the server. What follows is the demonstration: a look at the clock, and players.
+# End of the server. The rest is the demonstration: a log of the ticks, and players.
 
 
 class WatchedWorld(World):
     """Prints a line at each tick."""
 
     async def tick(self, stats: ServerStats) -> None:
-        """Tick, and print when it was due, when it came, and who has not taken an older world yet."""
+        """Tick, and print when it was due, when it came, and which players still have an older world unsent."""
         behind = [
             f"{letter} (tick {player.sent})" for letter, player in self.players.items() if player.connection.unsent
         ]
@@ -148,13 +148,13 @@ class WatchedWorld(World):
 
 
 async def player(port: int, keys: str, *, joins: float, sleeps: float = 0.0) -> str:
-    """Play until the server stops: send ``keys``, one after the other and twice as fast as the ticks; receive worlds.
+    """Play until the server stops: send keys twice as fast as the ticks, and receive worlds.
 
     Args:
         port: the server's.
         keys: what to send, over and over.
-        joins: when, in seconds from now.
-        sleeps: how many seconds to receive nothing at first.
+        joins: seconds until it connects.
+        sleeps: seconds during which it then receives nothing.
 
     Returns:
         What was received.
@@ -180,7 +180,7 @@ async def player(port: int, keys: str, *, joins: float, sleeps: float = 0.0) -> 
 
 
 def ticks(received: str) -> str:
-    """Name the ticks whose worlds are in what a player received, such as ``1 to 3, 7 to 8``."""
+    """Return the ticks whose worlds a player received, such as ``1 to 3, 7 to 8``."""
     numbers = [int(number) for number in re.findall(r"tick (\d+)\n", received)]
     starts = [number for number in numbers if number - 1 not in numbers]
     ends = [number for number in numbers if number + 1 not in numbers]
@@ -188,11 +188,11 @@ def ticks(received: str) -> str:
 
 
 async def demonstrate() -> None:
-    """Play for 3 seconds, stop the server, and say what A and B received."""
-    print(f"A tick every {TICK} seconds, though nobody is there yet.\n")
-    print(" tick     due    came  players  still being sent an older world")
+    """Play for 3 seconds, stop the server, and print what A and B received."""
+    print(f"A tick every {TICK} seconds, even before anyone has connected.\n")
+    print(" tick     due    came  players  older world still unsent")
     received = {}
-    listener = await listen(0)  # a port that is free
+    listener = await listen(0)  # 0: the kernel picks a port
     port = listener.socket.getsockname()[1]
     shutdown = trio.Event()
 
@@ -209,15 +209,15 @@ async def demonstrate() -> None:
             nursery.start_soon(functools.partial(player, port, keys, joins=1.3))
         await trio.sleep(2.95)
         shutdown.set()
-    # Here the server has stopped, and every player has seen end of stream.
+    # The server has stopped, and every player has received end of stream.
 
     print(f"\nA received ticks {ticks(received['A'])}.")
-    print(f"B, who slept, received ticks {ticks(received['B'])}.")
+    print(f"B, which paused, received ticks {ticks(received['B'])}.")
     print("\nWhat A received last:\n\n" + received["A"].rpartition(CLEAR)[2], end="")
 
 
 async def host(port: int) -> None:
-    """Serve players from outside until SIGTERM or Ctrl-C, and then until they have left."""
+    """Serve the game until SIGTERM or Ctrl-C, and then until every player has left."""
     try:
         listener = await listen(port)
     except OSError as error:

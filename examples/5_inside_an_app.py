@@ -1,16 +1,15 @@
-"""Three servers inside an app: one nursery that holds them, and one event that stops them together.
+"""Three servers inside an app: one nursery runs them, and one event stops them together.
 
-The servers are echo, op, and one of the app's own: "shout", which sends back each line in capitals. Its handler is
-built on `trioproto.Connection`, as those of echo and op are: that is where its time-outs come from, and its part in the
-stop.
+The servers are echo, op, and one of the app's own: "shout", which sends back each line in capitals. Its handler uses
+`trioproto.Connection`, as those of echo and op do, and gets its time-outs and the graceful stop from it.
 
 Run it::
 
     python examples/5_inside_an_app.py
 
-Look at what SIGTERM does to four clients: the one that is between two requests is let go at once, two that are in the
-middle of one may finish it and get their replies, and the one that never finishes is cut off when the grace period is
-over. Then the servers have ended, the nursery is left, and the app goes on.
+Note what SIGTERM does to four clients: the one that is between two requests is disconnected at once, two that are in
+the middle of one may finish it and get their replies, and the one that never finishes is cancelled when the grace
+period is over. Then the servers have returned, the nursery exits, and the app goes on.
 """
 
 import functools
@@ -25,8 +24,8 @@ import trio
 from trioproto import Connection, IncompleteReadError, echo_handler, op_handler, receive_exactly, serve_tcp
 from trioproto.op import Reply, Request
 
-GRACE_PERIOD = 1.0  # seconds; an app that is not a demonstration would give more
-MAX_LINE = 1000  # bytes; a client that sends a longer one is let go, so that none can fill our memory
+GRACE_PERIOD = 1.0  # seconds; short, for the demonstration
+MAX_LINE = 1000  # bytes; a longer line is a protocol error, so that no client can fill our memory
 
 
 async def read_line(connection: Connection) -> bytes:
@@ -42,7 +41,7 @@ async def shout_handler(stream: trio.abc.Stream) -> None:
 
 
 async def app(*, task_status: trio.TaskStatus[dict[str, int]] = trio.TASK_STATUS_IGNORED) -> None:
-    """Run all three servers until SIGTERM or Ctrl-C, and then until they have ended; tell their ports."""
+    """Run all three servers until SIGTERM or Ctrl-C, and stop them; the nursery's ``start`` returns their ports."""
     shutdown = trio.Event()
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
@@ -51,20 +50,20 @@ async def app(*, task_status: trio.TaskStatus[dict[str, int]] = trio.TASK_STATUS
                 serve = functools.partial(
                     serve_tcp, handler, 0, host="127.0.0.1", shutdown=shutdown, grace_period=GRACE_PERIOD
                 )
-                # `start` returns when the server listens, so the app never gets ahead of its servers.
+                # `start` returns when the server listens.
                 (listener,) = await nursery.start(serve)
                 ports[name] = listener.socket.getsockname()[1]
             task_status.started(ports)
             await anext(signals)
             shutdown.set()
-        # Here, all three have ended: that is what a nursery is.
+        # The nursery exits when all three have returned.
 
 
-# That was the app. What follows is the demonstration: a client in each situation.
+# End of the app. The rest is the demonstration: a client in each situation.
 
 
 async def demonstrate() -> None:
-    """Run the app, stop it while four clients are there, and print who sees what and when."""
+    """Run the app, stop it while four clients are connected, and print what each sees and when."""
     began = trio.current_time()
 
     def say(who: str, what: str) -> None:
@@ -92,7 +91,7 @@ async def demonstrate() -> None:
                 for piece in rest:
                     await trio.sleep(pause)
                     await stream.send_all(piece)
-                    say(who, f"to {server}: {piece!r}, the rest of it")
+                    say(who, f"to {server}: {piece!r}, the rest")
                 try:
                     while True:
                         reply = decode(await receive_exactly(stream, reply_size))
@@ -115,14 +114,14 @@ async def demonstrate() -> None:
         await nursery.start(client, "stuck", "op", halves[:1], Reply.SIZE, number)
         await trio.sleep(0.3)
 
-        say("app", "is sent SIGTERM")
+        say("app", "receives SIGTERM")
         os.kill(os.getpid(), signal.SIGTERM)
         await trio.sleep(0.1)
         try:
             await trio.open_tcp_stream("127.0.0.1", ports["op"])
         except OSError:
-            say("late", "cannot connect any more")
-    say("app", "has ended, and every connection with it")
+            say("late", "cannot connect")
+    say("app", "has stopped, and every connection has ended")
 
 
 if __name__ == "__main__":

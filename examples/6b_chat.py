@@ -1,16 +1,16 @@
-"""A chat in 30 lines, in which a client that stops receiving holds up nobody.
+"""A chat in 30 lines, in which a client that stops receiving delays no other.
 
-Each line that somebody sends goes to all. The obvious loop over the members, with ``await member.send_all(line)``,
-waits for whoever is slow, and with it everybody waits. `Connection.push` never waits: with ``max_unsent``, any task may
-push, and a client that leaves more bytes than that untaken is let go.
+Each line that a client sends goes to all. The obvious loop over the members, with ``await member.send_all(line)``,
+waits for the slowest client, and so everybody waits. `Connection.push` never waits: with ``max_unsent``, any task may
+push, and a client with more unsent bytes than that is disconnected.
 
 Run it; Ann talks, Bob listens, and Carl receives nothing::
 
     python examples/6b_chat.py
 
-Look at what piles up for Carl, at when he is let go, and at how long Ann's lines took to reach Bob meanwhile.
+Note how Carl's unsent bytes grow, when he is disconnected, and how long Ann's lines take to reach Bob meanwhile.
 
-Or chat yourself, in two or more terminals, on a server in another one (Ctrl-C stops it)::
+Or chat yourself: run the server in one terminal (Ctrl-C stops it), and chat in two or more others::
 
     python examples/6b_chat.py 9194
     nc 127.0.0.1 9194
@@ -27,23 +27,23 @@ from trioproto import Connection, serve_listeners, serve_until_signal
 
 # The server: from here …
 MAX_LINE = 1000  # bytes
-MAX_UNSENT = 100_000  # bytes that may wait for a client
+MAX_UNSENT = 100_000  # bytes per client
 
 
 async def read_line(connection: Connection) -> str:
-    """Receive one line, without what could play tricks on a terminal."""
+    """Receive one line, and remove control characters, which could manipulate a terminal."""
     line = await connection.receive_until(b"\n", max_bytes=MAX_LINE)
     return "".join(filter(str.isprintable, line.decode(errors="replace")))
 
 
 def tell(members: set[Connection], text: str) -> None:
-    """Send a line to all. Waits for nobody."""
+    """Push a line to all. This never waits for a client."""
     for member in members:
         member.push(text.encode() + b"\n")
 
 
 async def chat(members: set[Connection], stream: trio.abc.Stream) -> None:
-    """Serve one client: ask for a name, then pass on each line, until the client leaves or the server stops."""
+    """Serve one client: ask for a name, then send each line to all, until the client leaves or the server stops."""
     async with Connection(stream, idle_timeout=3600, request_timeout=30, max_unsent=MAX_UNSENT) as connection:
         connection.push(b"Your name?\n")
         name = await read_line(connection)
@@ -57,31 +57,31 @@ async def chat(members: set[Connection], stream: trio.abc.Stream) -> None:
             tell(members, f"{name} has left.")
 
 
-# … to here. What follows is the demonstration.
+# … to here. The rest is the demonstration.
 
-BUFFER_SIZE = 4096  # bytes, of the kernel's buffers; left alone, they would hide for megabytes that Carl takes nothing
+BUFFER_SIZE = 4096  # bytes, of the kernel's buffers; by default, they would hold megabytes for Carl
 
 
 async def join(address: tuple[str, int], name: str) -> Connection:
-    """Enter the chat, and wait until everybody is told so."""
+    """Join the chat, and wait until everybody has been notified."""
     connecting = trio.socket.socket()
     connecting.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_SIZE)
     await connecting.connect(address)
-    member = Connection(trio.SocketStream(connecting))  # a client has lines to receive, too
+    member = Connection(trio.SocketStream(connecting))  # for `read_line`
     await member.send_all(name.encode() + b"\n")
     await hear(member, f"{name} is here.")
     return member
 
 
 async def hear(member: Connection, start: str) -> None:
-    """Receive lines until one comes that begins with ``start``; print whom the server lets go meanwhile."""
+    """Receive lines until one begins with ``start``; print which members leave meanwhile."""
     while not (line := await read_line(member)).startswith(start):
         if line.endswith("has left."):
-            print(f"   everybody is told: {line}")
+            print(f"   to everybody: {line}")
 
 
 async def demonstrate() -> None:
-    """Have Ann say 200 lines; print how long they take to reach Bob, and how many bytes wait for Carl."""
+    """Have Ann say 200 lines; print how long they take to reach Bob, and how many bytes are unsent to Carl."""
     members: set[Connection] = set()
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_SIZE)  # connections inherit it
@@ -92,8 +92,8 @@ async def demonstrate() -> None:
         nursery.start_soon(functools.partial(serve_listeners, handler, [listener], shutdown=shutdown))
         carl, ann, bob = [await join(address, name) for name in ("Carl", "Ann", "Bob")]
 
-        print("Ann says 200 lines of 900 bytes. Bob receives them; Carl has joined, but receives nothing.\n")
-        print("   line   reached Bob after    waits for Carl")
+        print("Ann says 200 lines of 900 bytes. Bob receives them; Carl receives nothing.\n")
+        print("   line   reached Bob after    unsent to Carl")
         slowest = 0.0
         for number in range(1, 201):
             began = trio.current_time()
@@ -102,15 +102,15 @@ async def demonstrate() -> None:
             seconds = trio.current_time() - began
             slowest = max(slowest, seconds)
             if number % 20 == 0:
-                waits = max(member.unsent for member in members)  # Carl's, as long as he is there
-                print(f"   {number:4}   {1000 * seconds:14.1f} ms   {waits:8} bytes")
-            await read_line(ann)  # what she said comes back to her as to all
+                unsent = max(member.unsent for member in members)  # Carl's, while he is connected
+                print(f"   {number:4}   {1000 * seconds:14.1f} ms   {unsent:8} bytes")
+            await read_line(ann)  # her own line, which goes to her, too
         print(f"\nBob has received every line, the slowest after {1000 * slowest:.1f} ms.")
 
         shutdown.set()
         async for _ in bob:
             pass
-        print("The server stops: to Bob, that is end of stream.")
+        print("The server stops: Bob has received end of stream.")
         for member in (ann, bob, carl):
             await member.aclose()
 

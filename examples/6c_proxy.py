@@ -1,18 +1,18 @@
 """A TCP proxy in 30 lines: each direction is one `Connection.relay`.
 
-What makes a proxy correct is how it ends. A client that has ended its side may still be waiting for the answer, so the
-end of each direction is passed on by itself (a half-close). A connection on which nothing moves, either way, ends after
-a while. One whose other side breaks is reset, because what was relayed may not be whole. And a graceful stop ends what
-the client sends, but lets the answer that is under way arrive.
+A proxy has to end connections correctly. A client that has half-closed its connection may still be waiting for the
+answer, so the proxy passes on the end of each direction separately. A connection without data in either direction times
+out. When one side breaks, the other is reset, because what was relayed may be incomplete. And a graceful stop ends the
+direction from the client, but lets an answer that is under way arrive.
 
-Run it; a client asks a slow server how many bytes it has sent, through the proxy, three times::
+Run it; three times, a client asks a slow server, through the proxy, how many bytes it has sent::
 
     python examples/6c_proxy.py
 
-Look at the answer that comes though the client has ended its side, at the client that says nothing, and at the answer
-that comes though the proxy is already stopping.
+Note the answer that arrives after the client's half-close, the idle client, and the answer that arrives while the proxy
+is stopping.
 
-Or put it in front of a server of yours; this listens on port 9195 (Ctrl-C stops it)::
+Or put it in front of a server of your own; this listens on port 9195 (Ctrl-C stops it)::
 
     python examples/6c_proxy.py 9195 example.org 80
 """
@@ -34,7 +34,7 @@ CONNECT_TIMEOUT = 10.0
 
 
 async def proxy(target: tuple[str, int], stream: trio.abc.Stream, *, idle_timeout: float = IDLE_TIMEOUT) -> None:
-    """Serve one client: connect to the target, and relay both ways until both have ended their sides."""
+    """Serve one client: connect to the target, and relay both directions until both have ended."""
     async with Connection(stream, idle_timeout=idle_timeout) as client:
         try:
             with trio.fail_after(CONNECT_TIMEOUT):
@@ -48,13 +48,13 @@ async def proxy(target: tuple[str, int], stream: trio.abc.Stream, *, idle_timeou
             nursery.start_soon(server.relay, client)
 
 
-# … to here. What follows is the demonstration.
+# … to here. The rest is the demonstration.
 
-THINKING = 0.5  # seconds, that the server takes for an answer
+THINKING = 0.5  # seconds that the server takes for an answer
 
 
 async def count(stream: trio.abc.Stream) -> None:
-    """Tell a client how many bytes it has sent. That is known when it has ended its side."""
+    """Count what a client sends until end of stream, and send it the count."""
     async with Connection(stream) as connection:
         total = 0
         async for data in connection:
@@ -63,8 +63,8 @@ async def count(stream: trio.abc.Stream) -> None:
         await connection.send_all(f"{total} bytes".encode())
 
 
-async def ask(address: tuple[str, int], *, ends_its_side: bool = True) -> None:
-    """Send 5 bytes, end this side or not, and print what comes back, and when."""
+async def ask(address: tuple[str, int], *, half_close: bool = True) -> None:
+    """Send 5 bytes, half-close or not, and print what comes back, and when."""
     began = trio.current_time()
 
     def say(what: str) -> None:
@@ -73,9 +73,9 @@ async def ask(address: tuple[str, int], *, ends_its_side: bool = True) -> None:
     async with await trio.open_tcp_stream(*address) as stream:
         await stream.send_all(b"hello")
         say("the client sends 5 bytes")
-        if ends_its_side:
+        if half_close:
             await stream.send_eof()
-            say("the client ends its side")
+            say("the client half-closes the connection")
         try:
             async for answer in stream:
                 say(f"the client receives '{answer.decode()}'")
@@ -95,14 +95,14 @@ async def demonstrate() -> None:
             (listener,) = await proxying.start(serve)
             address = listener.socket.getsockname()
 
-            print("A client that ends its side still gets its answer:\n")
+            print("A client that half-closes the connection still gets its answer:\n")
             await ask(address)
-            print("\nOne that says nothing more, and is sent nothing, is let go after 1 second:\n")
-            await ask(address, ends_its_side=False)
-            print("\nThe proxy stops while the server thinks:\n")
+            print("\nA connection without data in either direction times out after 1 second:\n")
+            await ask(address, half_close=False)
+            print("\nThe proxy stops while the server prepares the answer:\n")
             proxying.start_soon(ask, address)
             await trio.sleep(THINKING / 2)
-            print("           the proxy is told to stop")
+            print("           the stop begins")
             shutdown.set()
         print("\nThe proxy has stopped.")
         nursery.cancel_scope.cancel()

@@ -1,18 +1,18 @@
-"""A bug that no fragmentation finds and a network does, with the seed that shows it.
+"""A bug that an in-memory network finds and fragmentation does not.
 
-The server keeps one sum for all its clients. A request is a letter and a number, "+" and 2 bytes; the reply is the new
-sum, 4 bytes. The handler reads the sum, receives the number, and writes the sum back: while it waits for the number,
-another client may have changed the sum, and that change is lost.
+The server keeps one sum for all its clients. A request is "+" and a number of 2 bytes; the reply is the new sum, 4
+bytes. The naive handler reads the sum, receives the number, and writes the sum back. While it waits for the number,
+another client may change the sum, and that change is lost.
 
-With one client this never happens, however its requests are cut. Two clients, whose bytes arrive when they like, are
-needed, and `trioproto.testing.Network` has them, on Trio's clock.
+With one client this never happens, in any fragmentation. It takes two clients whose bytes arrive at varying times, and
+`trioproto.testing.Network` simulates these on Trio's clock.
 
 Run it::
 
     python examples/6d_network.py
 
-Look for the seed; the same seed fails the same way each time. Then look at the difference between the two handlers: one
-line stands elsewhere. Between two checkpoints nobody else runs, so what must not be torn apart has none inside.
+Note the seed: the same seed fails the same way each time. The two handlers differ only in when they read the sum. No
+other task runs between two checkpoints, so an update that must be atomic must not contain one.
 """
 
 import functools
@@ -30,7 +30,7 @@ ADDED = [1, 20, 300]  # by each of two clients
 
 
 class Sum:
-    """What all clients add to."""
+    """The sum that all clients share."""
 
     total = 0
 
@@ -66,11 +66,11 @@ async def handler(add: Add, total: Sum, stream: trio.abc.Stream) -> None:
             connection.push(reply)
 
 
-# That was the server. What follows looks for the bug, first with one client and every fragmentation, then with two.
+# End of the server. The rest looks for the bug: with one client in every fragmentation, then with two clients.
 
 
 async def survives_fragmentation(add: Add) -> bool:
-    """Whether the replies to two requests are right in each of the ways in which they can be cut."""
+    """Return whether the replies to two requests are right in every fragmentation."""
     requests, replies = b"+\0\1+\0\2", b"\0\0\0\1\0\0\0\3"
     for cuts in fragmentations(len(requests)):
         if await converse(functools.partial(handler, add, Sum()), requests, cuts) != replies:
@@ -79,7 +79,7 @@ async def survives_fragmentation(add: Add) -> bool:
 
 
 async def two_clients(add: Add, seed: int) -> int:
-    """Have two clients add `ADDED` each, at moments that the seed chooses, and return the sum."""
+    """Have two clients add `ADDED` each, at times that the seed determines, and return the sum."""
     network, total = Network(seed), Sum()
 
     async def client(name: str) -> None:

@@ -20,7 +20,7 @@ TICK = example["TICK"]
 
 
 class SingleListener(trio.abc.Listener[trio.abc.Stream]):
-    """Accepts one stream, and then waits for ever."""
+    """Accepts one stream, and then waits forever."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._streams = [stream]
@@ -35,22 +35,22 @@ class SingleListener(trio.abc.Listener[trio.abc.Stream]):
 
 
 async def tick(world: object, number: int) -> None:
-    """One tick, as the server would make it."""
+    """Make one tick, as the server would."""
     await trio.testing.wait_all_tasks_blocked()
     await world.tick(ServerStats(accepted=0, active=0, crashed=0, uptime=number * TICK))  # type: ignore[attr-defined]
     await trio.testing.wait_all_tasks_blocked()
 
 
 async def worlds(stream: trio.abc.ReceiveStream, received: list[int]) -> None:
-    """Receive worlds, and note the numbers of their ticks."""
+    """Receive worlds, and append the numbers of their ticks to ``received``."""
     async for data in stream:
         received += map(int, re.findall(rb"tick (\d+)\n", data))
 
 
-async def test_player_who_receives_nothing_holds_up_neither_the_tick_nor_the_others(
+async def test_player_that_receives_nothing_delays_neither_the_tick_nor_other_players(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    """Worlds go to those who take them, and who takes one late is sent the newest next and none in between."""
+    """A player that receives gets every world; one that receives late gets the newest next, and none in between."""
     world = example["World"]()
     # Streams without any buffer: a send waits until the other side receives.
     quick, served_quick = trio.testing.lockstep_stream_pair()
@@ -73,8 +73,8 @@ async def test_player_who_receives_nothing_holds_up_neither_the_tick_nor_the_oth
         nursery.cancel_scope.cancel()
 
 
-async def test_player_who_takes_nothing_is_let_go(autojump_clock: trio.testing.MockClock) -> None:
-    """A player who takes nothing of a world for 10 seconds leaves the game; the others stay."""
+async def test_player_that_receives_nothing_is_disconnected(autojump_clock: trio.testing.MockClock) -> None:
+    """A player that receives nothing for 10 seconds is disconnected; the others stay."""
     world = example["World"]()
     quick, served_quick = trio.testing.lockstep_stream_pair()
     _stuck, served_stuck = trio.testing.lockstep_stream_pair()
@@ -94,7 +94,7 @@ async def test_player_who_takes_nothing_is_let_go(autojump_clock: trio.testing.M
 
 @pytest.mark.parametrize("key", [b"", b">"])
 async def test_stop_ends_the_game_with_a_farewell(key: bytes, autojump_clock: trio.testing.MockClock) -> None:
-    """A player gets the world that was sent last, a farewell and end of stream, and the server returns."""
+    """When the server stops, a player gets the last world, a farewell and end of stream, and the server returns."""
     world = example["World"]()
     listener = MemoryListener()
     player = listener.connect()
@@ -122,10 +122,10 @@ async def test_stop_ends_the_game_with_a_farewell(key: bytes, autojump_clock: tr
     assert world.players == {}
 
 
-async def test_stop_does_not_wait_for_ever_for_a_player_who_takes_nothing(
+async def test_stop_does_not_wait_forever_for_a_player_that_receives_nothing(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    """The server returns, though a player never takes the world that was sent last."""
+    """The server returns within 10 seconds, even if a player never receives the last world."""
     world = example["World"]()
     _stuck, served = trio.testing.lockstep_stream_pair()
     shutdown = trio.Event()
@@ -138,7 +138,7 @@ async def test_stop_does_not_wait_for_ever_for_a_player_who_takes_nothing(
 
 
 async def test_moves_are_made_by_ticks_one_step_each() -> None:
-    """However fast a player sends, a tick moves the player one step; walls hold, and other bytes are nothing."""
+    """However fast a player sends, a tick moves it one step; it stops at walls, and other bytes are ignored."""
     world = example["World"]()
     client, served = trio.testing.memory_stream_pair()
     async with trio.open_nursery() as nursery:
@@ -154,8 +154,8 @@ async def test_moves_are_made_by_ticks_one_step_each() -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_player_who_breaks_off_leaves_the_field() -> None:
-    """A player who vanishes is gone from the world, without an error."""
+async def test_player_that_disconnects_leaves_the_field() -> None:
+    """A player whose connection ends is removed from the world, without an error."""
     world = example["World"]()
     client, served = trio.testing.memory_stream_pair()
     async with trio.open_nursery() as nursery:
@@ -167,7 +167,7 @@ async def test_player_who_breaks_off_leaves_the_field() -> None:
     assert "A" not in world.draw()
 
 
-async def test_player_too_many_waits_for_a_letter() -> None:
+async def test_27th_player_waits_for_a_letter() -> None:
     """When all 26 letters are taken, the next player waits until one leaves, and gets that one's letter."""
     world = example["World"]()
     with trio.fail_after(20):
@@ -194,9 +194,9 @@ async def test_player_too_many_waits_for_a_letter() -> None:
             nursery.cancel_scope.cancel()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="how much a kernel buffers is different elsewhere")
-def test_example_shows_ticks_on_schedule_and_the_slow_player_who_skips_some() -> None:
-    """Ticks come before anyone connects and while B sleeps; A receives all of them, B the newest."""
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels buffer other amounts")
+def test_example_shows_ticks_on_schedule_and_a_slow_player_that_skips_some() -> None:
+    """Ticks come before anyone connects and while B pauses; A receives all worlds, B skips to the newest."""
     run = subprocess.run([sys.executable, EXAMPLE], check=True, capture_output=True, text=True, timeout=30)
 
     rows = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+) +(\d+)(.*)$", run.stdout, re.MULTILINE)
@@ -222,7 +222,7 @@ def test_example_shows_ticks_on_schedule_and_the_slow_player_who_skips_some() ->
 
 
 def test_sigterm_ends_the_game_gracefully() -> None:
-    """Served to the outside, the game ends with its farewell when SIGTERM comes, and with status 0."""
+    """Run with a port, the game ends on SIGTERM, with its farewell and with exit status 0."""
     with subprocess.Popen([sys.executable, EXAMPLE, "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as server:
         assert server.stdout is not None
         try:

@@ -20,7 +20,7 @@ REPLIES = b"=" + b"=\x00\x01v"
 
 
 async def test_every_fragmentation() -> None:
-    """However a set and a get are cut on their way, the replies are the same."""
+    """A set and a get have the same replies in every fragmentation."""
     for cuts in fragmentations(len(REQUESTS)):
         assert await converse(functools.partial(example["handler"], {}), REQUESTS, cuts) == REPLIES
 
@@ -36,9 +36,9 @@ async def test_every_fragmentation() -> None:
     ],
 )
 async def test_hostile_input_ends_the_connection(hostile: bytes, said: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Lengths beyond the bound, unknown commands and half requests have no reply, and end their connection.
+    """A length above the limit, an unknown command or half a request gets no reply, and ends the connection.
 
-    What the client asked for before is answered, and one line in the log says what was wrong.
+    Earlier requests are answered, and one log line says what was wrong.
     """
     store: dict[bytes, bytes] = {}
 
@@ -48,11 +48,11 @@ async def test_hostile_input_ends_the_connection(hostile: bytes, said: str, capl
     assert store == {b"k": b"v"}
 
 
-async def test_bad_request_destroys_no_reply() -> None:
+async def test_bad_request_loses_no_earlier_reply() -> None:
     """A client that sends 1000 requests and a bad one, and only then receives, gets all replies, then end of stream.
 
-    Had the server just closed the connection after the bad request, the system would have reset it because of what the
-    client sent after that, and would have dropped the replies that were not yet delivered.
+    If the server just closed the connection after the bad request, the kernel would reset it because of what the client
+    sent after that, and discard the replies that were not yet delivered.
     """
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
@@ -73,7 +73,7 @@ async def test_bad_request_destroys_no_reply() -> None:
 
 
 async def test_time_outs(autojump_clock: trio.testing.MockClock) -> None:
-    """A client may be silent for 300 seconds, and take 30 for a request."""
+    """A connection may be idle for 300 seconds, and a request may take 30 seconds; then the server ends it."""
     for begun, seconds in [(b"", 300), (b"S\x00", 30)]:
         client, served = trio.testing.memory_stream_pair()
         began = trio.current_time()
@@ -87,8 +87,8 @@ async def test_time_outs(autojump_clock: trio.testing.MockClock) -> None:
             await client.aclose()
 
 
-async def test_client_that_takes_no_reply_is_let_go(autojump_clock: trio.testing.MockClock) -> None:
-    """A client that takes nothing of its replies for 300 seconds is let go."""
+async def test_client_that_receives_no_reply_is_disconnected(autojump_clock: trio.testing.MockClock) -> None:
+    """A client that receives nothing of its replies for 300 seconds is disconnected."""
     client, served = trio.testing.lockstep_stream_pair()
     with trio.fail_after(1000):
         async with trio.open_nursery() as nursery:
@@ -98,7 +98,7 @@ async def test_client_that_takes_no_reply_is_let_go(autojump_clock: trio.testing
 
 
 async def test_stop_ends_an_idle_client_and_lets_a_request_under_way_finish() -> None:
-    """A stopping server answers the request that has begun, and ends a client that is between two at once."""
+    """A stopping server answers a request that has begun, and at once disconnects a client between two requests."""
     shutdown = trio.Event()
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
@@ -118,8 +118,8 @@ async def test_stop_ends_an_idle_client_and_lets_a_request_under_way_finish() ->
                 assert await busy.receive_some() == b""
 
 
-async def test_longest_string_is_taken() -> None:
-    """A string of exactly the greatest length is stored and given back."""
+async def test_longest_string_is_accepted() -> None:
+    """A string of exactly the maximum length is stored and returned."""
     value = example["encode_string"](bytes(1000))
 
     replies = await converse(functools.partial(example["handler"], {}), b"S\x00\x01k" + value + b"G\x00\x01k")
@@ -128,7 +128,7 @@ async def test_longest_string_is_taken() -> None:
 
 
 async def test_store_is_bounded() -> None:
-    """A store that is full takes new values for the keys that it has, but no further key."""
+    """A full store accepts new values for its keys, but no new key."""
     full = {bytes([high, low]): b"" for high in range(10) for low in range(100)}
     old, new = b"S\x00\x02\x00\x00\x00\x01v", b"S\x00\x03new\x00\x01v"
 
@@ -145,7 +145,7 @@ def test_protocol_has_less_than_40_lines() -> None:
 
 
 def test_example_shows_the_wire_and_the_end_of_a_hostile_client() -> None:
-    """Run as it stands, it prints requests and replies, and ends the connection that announces too much."""
+    """It prints requests and replies, and ends the connection that announces too long a key."""
     run = subprocess.run([sys.executable, EXAMPLE], check=True, capture_output=True, text=True, timeout=60)
 
     assert run.stderr == ""

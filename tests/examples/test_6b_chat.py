@@ -21,21 +21,21 @@ example = runpy.run_path(str(EXAMPLE))
 
 
 class Room:
-    """A chat in memory, and whoever is in it."""
+    """A chat in memory, and its members."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self.members: set[Connection] = set()
 
     def connect(self, *, slow: bool = False) -> trio.abc.HalfCloseableStream:
-        """Let a client in; if it is ``slow``, nothing that it is sent is taken before it receives."""
+        """Connect a client; if ``slow``, without any buffer: a send to it waits until it receives."""
         pair = trio.testing.lockstep_stream_pair if slow else trio.testing.memory_stream_pair
         client, served = pair()
         self._nursery.start_soon(example["chat"], self.members, served)
         return client
 
     async def join(self, name: str) -> trio.abc.HalfCloseableStream:
-        """Let a client in, and have it tell its name."""
+        """Connect a client, and have it send its name."""
         client = self.connect()
         await client.send_all(name.encode() + b"\n")
         await trio.testing.wait_all_tasks_blocked()
@@ -52,7 +52,7 @@ async def room() -> AsyncIterator[Room]:
 
 
 async def heard(client: trio.abc.ReceiveStream) -> bytes:
-    """Return what a client has been sent by now."""
+    """Return what a client has been sent so far."""
     await trio.testing.wait_all_tasks_blocked()
     received = b""
     with trio.move_on_after(0.001):
@@ -62,7 +62,7 @@ async def heard(client: trio.abc.ReceiveStream) -> bytes:
 
 
 async def test_everybody_hears_everybody(autojump_clock: trio.testing.MockClock) -> None:
-    """Who comes, what is said and who leaves is sent to all who are there, to the one who says it, too."""
+    """Arrivals, lines and departures are sent to all members, including the one that sent the line."""
     async with room() as chat:
         ann = await chat.join("Ann")
         bob = await chat.join("Bob")
@@ -82,7 +82,7 @@ async def test_everybody_hears_everybody(autojump_clock: trio.testing.MockClock)
 
 
 async def test_control_characters_do_not_reach_the_others_terminals(autojump_clock: trio.testing.MockClock) -> None:
-    """What could clear a screen, or is no text, is left out; other alphabets are not."""
+    """Control characters are removed and invalid UTF-8 is replaced; letters of other alphabets pass."""
     async with room() as chat:
         ann = await chat.join("\x1b[2JAnn")
         await ann.send_all("\x1b]0;title\x07 жаба\xa0\u202e!\n".encode() + b"\xff\n")
@@ -92,10 +92,10 @@ async def test_control_characters_do_not_reach_the_others_terminals(autojump_clo
         )
 
 
-async def test_slow_client_holds_up_nobody_and_is_let_go(
+async def test_slow_client_delays_no_other_and_is_disconnected(
     autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not an instant passes for the others, while more waits for a slow client than may; then it is let go."""
+    """A slow client delays nobody while its unsent bytes grow; above the limit, it is disconnected."""
     async with room() as chat:
         ann = await chat.join("Ann")
         carl = chat.connect(slow=True)
@@ -120,10 +120,10 @@ async def test_slow_client_holds_up_nobody_and_is_let_go(
     assert re.search(rf"overrun: \d+ bytes pushed and not taken, more than {most}$", record.message)
 
 
-async def test_client_that_only_listens_stays_and_one_that_is_gone_leaves(
+async def test_client_that_only_listens_stays_until_nothing_is_said_for_an_hour(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    """Who takes what is said may be silent for ever; after an hour in which nobody says anything, all are let go."""
+    """A client that receives lines never has to send any; after an hour without a line, all are disconnected."""
     async with room() as chat:
         ann = await chat.join("Ann")
         await chat.join("Bob")
@@ -138,7 +138,7 @@ async def test_client_that_only_listens_stays_and_one_that_is_gone_leaves(
 
 @pytest.mark.parametrize("line", [b"", b"Hello, B"])
 async def test_line_takes_30_seconds_at_most(line: bytes, autojump_clock: trio.testing.MockClock) -> None:
-    """A line, or a name, that is not whole in 30 seconds ends its connection, and no other."""
+    """A line or a name that is not complete after 30 seconds ends its connection, and no other."""
     async with room() as chat:
         bob = await chat.join("Bob")
         ann = chat.connect()
@@ -153,7 +153,7 @@ async def test_line_takes_30_seconds_at_most(line: bytes, autojump_clock: trio.t
 async def test_line_too_long_ends_its_connection_only(
     name: bytes, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A line, or a name, of more than 1000 bytes ends its connection, and the others chat on."""
+    """A line or a name of more than 1000 bytes ends its connection, and no other."""
     async with room() as chat:
         bob = await chat.join("Bob")
         ann = chat.connect()
@@ -168,8 +168,8 @@ async def test_line_too_long_ends_its_connection_only(
     assert record.message.endswith("protocol error: more than 1000 bytes before b'\\n'")
 
 
-async def test_flood_reaches_whoever_receives() -> None:
-    """Of 2000 lines that are sent in one go, on a socket, a client that receives them misses none."""
+async def test_flood_reaches_every_client_that_receives() -> None:
+    """When 2000 lines are sent at once, over sockets, a client that receives them misses none."""
     said = b"".join(b"line %d\n" % number for number in range(2000))
     heard = {"Ann": b"", "Bob": b""}
     with trio.fail_after(20):
@@ -197,8 +197,8 @@ async def test_flood_reaches_whoever_receives() -> None:
     assert all(spoken in received for received in heard.values())
 
 
-async def test_stop_ends_the_chat_at_once_and_passes_on_a_line_under_way(caplog: pytest.LogCaptureFixture) -> None:
-    """A stop is end of stream to all who are idle, and a line that is partly received may be finished."""
+async def test_stop_ends_idle_clients_at_once_and_sends_a_line_under_way(caplog: pytest.LogCaptureFixture) -> None:
+    """At a stop, idle clients get end of stream at once; a client may finish a line that it has begun."""
     caplog.set_level(logging.WARNING)
     shutdown = trio.Event()
     handler = functools.partial(example["chat"], set())
@@ -230,9 +230,9 @@ def test_server_has_at_most_30_lines() -> None:
     assert 20 < len(server.strip().splitlines()) <= 30
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="how much a kernel buffers is different elsewhere")
-def test_example_shows_the_slow_client_being_let_go() -> None:
-    """What waits for Carl grows until he is let go; Bob is sent every line, and end of stream when the server stops."""
+@pytest.mark.skipif(sys.platform != "linux", reason="how much a kernel buffers differs elsewhere")
+def test_example_shows_the_slow_client_being_disconnected() -> None:
+    """Carl's unsent bytes grow until he is disconnected; Bob gets every line, and end of stream at the stop."""
     run = subprocess.run([sys.executable, EXAMPLE], check=True, capture_output=True, text=True, timeout=60)
 
     assert run.stderr == ""
@@ -240,17 +240,17 @@ def test_example_shows_the_slow_client_being_let_go() -> None:
     waiting = [int(number) for number in re.findall(r"(\d+) bytes$", run.stdout.partition("overrun")[0], re.MULTILINE)]
     assert len(waiting) >= 4
     assert waiting == sorted(waiting)
-    before, after = run.stdout.split("everybody is told: Carl has left.\n")
+    before, after = run.stdout.split("to everybody: Carl has left.\n")
     assert re.search(r"the server logs: 127\.0\.0\.1:\d+ to .*: overrun: \d+ bytes pushed and not taken", before)
     assert set(re.findall(r"(\d+) bytes$", after, re.MULTILINE)) == {"0"}
     slowest = re.search(r"Bob has received every line, the slowest after ([\d.]+) ms", after)
     assert slowest is not None
     assert float(slowest[1]) < 1000
-    assert after.endswith("The server stops: to Bob, that is end of stream.\n")
+    assert after.endswith("The server stops: Bob has received end of stream.\n")
 
 
 def test_example_serves_until_sigterm() -> None:
-    """With a port, it says where it listens, and serves the chat until SIGTERM comes."""
+    """Run with a port, it prints where it listens, and serves the chat until SIGTERM."""
     with subprocess.Popen(
         [sys.executable, EXAMPLE, "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as server:

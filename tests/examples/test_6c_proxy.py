@@ -23,7 +23,7 @@ example = runpy.run_path(str(EXAMPLE))
 
 @attrs.frozen
 class Proxied:
-    """Both ends of a connection through the proxy, and the proxy's stop."""
+    """Both ends of a connection through the proxy, and the event that stops the proxy."""
 
     client: trio.abc.HalfCloseableStream
     server: trio.abc.HalfCloseableStream
@@ -56,7 +56,7 @@ async def proxied() -> AsyncIterator[Proxied]:
 
 @contextlib.asynccontextmanager
 async def proxied_in_memory(monkeypatch: pytest.MonkeyPatch, *, buffered: bool = True) -> AsyncIterator[Proxied]:
-    """Connect a client to a server through the proxy, in memory; unless ``buffered``, sending waits for receiving."""
+    """Connect a client to a server through the proxy, in memory; unless ``buffered``, each send waits for a receive."""
     pair = trio.testing.memory_stream_pair if buffered else trio.testing.lockstep_stream_pair
     client, served = pair()
     connected, server = pair()
@@ -77,8 +77,8 @@ async def receive_all(stream: trio.abc.ReceiveStream) -> bytes:
     return b"".join([bytes(data) async for data in stream])
 
 
-async def test_client_that_ends_its_side_gets_the_answer() -> None:
-    """The client's end of stream reaches the server, which may still answer."""
+async def test_client_that_half_closes_gets_the_answer() -> None:
+    """The client's half-close reaches the server, and the server's answer still reaches the client."""
     async with proxied() as ends:
         await ends.client.send_all(b"request")
         await ends.client.send_eof()
@@ -88,8 +88,8 @@ async def test_client_that_ends_its_side_gets_the_answer() -> None:
         assert await receive_all(ends.client) == b"answer"
 
 
-async def test_server_that_ends_its_side_gets_what_the_client_still_sends() -> None:
-    """The server's end of stream reaches the client, which may still send."""
+async def test_server_that_half_closes_gets_what_the_client_still_sends() -> None:
+    """The server's half-close reaches the client, and what the client still sends reaches the server."""
     async with proxied() as ends:
         await ends.server.send_all(b"greeting")
         await ends.server.send_eof()
@@ -100,7 +100,7 @@ async def test_server_that_ends_its_side_gets_what_the_client_still_sends() -> N
 
 
 async def test_bulk_goes_both_ways_at_once() -> None:
-    """Megabytes in each direction arrive as they were sent."""
+    """Megabytes sent in both directions at once arrive unchanged."""
     to_server, to_client = os.urandom(10_000_000), os.urandom(10_000_000)
     received = {}
 
@@ -121,10 +121,10 @@ async def test_bulk_goes_both_ways_at_once() -> None:
     assert received["client"] == to_client
 
 
-async def test_connection_on_which_nothing_moves_ends(
+async def test_connection_without_data_in_either_direction_times_out(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After 300 seconds without a byte either way, both sides are ended."""
+    """After 300 seconds without a byte in either direction, both connections end."""
     async with proxied_in_memory(monkeypatch) as ends:
         await ends.client.send_all(b"request")
         assert await receive_exactly(ends.server, 7) == b"request"
@@ -135,24 +135,24 @@ async def test_connection_on_which_nothing_moves_ends(
         assert trio.current_time() == pytest.approx(300, abs=0.1)
 
 
-async def test_server_that_does_not_answer_is_not_waited_for_for_ever(
+async def test_server_that_does_not_answer_times_out(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The idle time-out also holds when the client has ended its side, and just the answer is awaited."""
+    """The idle time-out also applies when the client has half-closed, and only the answer is missing."""
     async with proxied_in_memory(monkeypatch) as ends:
         await ends.client.send_all(b"request")
         await ends.client.send_eof()
         assert await receive_all(ends.server) == b"request"
         with contextlib.suppress(trio.BrokenResourceError):
             assert await ends.client.receive_some() == b""
-        assert 300 <= trio.current_time() < 302  # to the server, the proxy says goodbye first
+        assert 300 <= trio.current_time() < 302  # the proxy closes the server's connection first
 
 
 @pytest.mark.parametrize("sender", ["client", "server"])
-async def test_side_that_takes_nothing_is_let_go(
+async def test_side_that_receives_nothing_is_disconnected(
     sender: str, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client, or a server, that takes nothing of what it is sent for 300 seconds ends the connection."""
+    """A client or a server that receives nothing of what it is sent for 300 seconds is disconnected."""
     async with proxied_in_memory(monkeypatch, buffered=False) as ends:
         sending = ends.client if sender == "client" else ends.server
         with contextlib.suppress(trio.BrokenResourceError):
@@ -163,10 +163,10 @@ async def test_side_that_takes_nothing_is_let_go(
 
 
 @pytest.mark.parametrize("sender", ["client", "server"])
-async def test_one_direction_keeps_both_alive(
+async def test_data_in_one_direction_keeps_both_alive(
     sender: str, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A download, or an upload, is not cut because nothing goes the other way."""
+    """A download or an upload does not time out because the other direction is idle."""
     async with proxied_in_memory(monkeypatch) as ends:
         first, second = (ends.client, ends.server) if sender == "client" else (ends.server, ends.client)
         for _ in range(10):
@@ -181,7 +181,7 @@ async def test_one_direction_keeps_both_alive(
 
 
 async def test_stop_lets_an_answer_under_way_finish() -> None:
-    """A stop ends what the client sends, and the server's answer to it still arrives."""
+    """A stop ends the direction from the client, and the server's answer still arrives."""
     async with proxied() as ends:
         await ends.client.send_all(b"request")
         assert await receive_exactly(ends.server, 7) == b"request"
@@ -196,8 +196,8 @@ async def test_stop_lets_an_answer_under_way_finish() -> None:
 
 
 @pytest.mark.parametrize("breaks", ["client", "server"])
-async def test_broken_connection_does_not_look_whole(breaks: str, caplog: pytest.LogCaptureFixture) -> None:
-    """When one side breaks, the other is reset; that is no crash of the proxy."""
+async def test_broken_connection_is_passed_on_as_a_reset(breaks: str, caplog: pytest.LogCaptureFixture) -> None:
+    """When one side breaks, the other is reset, so that half a message does not look complete; nothing is logged."""
     async with proxied() as ends:
         first, second = (ends.client, ends.server) if breaks == "client" else (ends.server, ends.client)
         await first.send_all(b"half a mess")
@@ -211,8 +211,8 @@ async def test_broken_connection_does_not_look_whole(breaks: str, caplog: pytest
     assert not caplog.records
 
 
-async def test_target_that_refuses_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    """A client whose server cannot be reached gets end of stream, and the log has one line for it."""
+async def test_target_that_refuses_is_one_log_line(caplog: pytest.LogCaptureFixture) -> None:
+    """When the target refuses the connection, the client gets end of stream, and one line is logged."""
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
     client, served = trio.testing.memory_stream_pair()
@@ -228,10 +228,10 @@ async def test_target_that_refuses_is_one_line(caplog: pytest.LogCaptureFixture)
     assert caplog.records[0].exc_info is None
 
 
-async def test_target_that_does_not_answer_is_given_up(
+async def test_connecting_to_the_target_times_out(
     autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server that cannot be reached in 10 seconds is given up."""
+    """The proxy waits at most 10 seconds for a connection to the target."""
 
     async def connect(host: str, port: int) -> None:
         await trio.sleep_forever()
@@ -251,19 +251,19 @@ async def test_target_that_does_not_answer_is_given_up(
 
 
 def test_proxy_has_at_most_30_lines() -> None:
-    """The example is as short as it says, blank lines counted."""
+    """The example is as short as it says, counting blank lines."""
     server = EXAMPLE.read_text(encoding="utf-8").partition("from here …\n")[2].partition("# … to here")[0]
     assert 10 < len(server.strip().splitlines()) <= 30
 
 
 def test_example_shows_each_end() -> None:
-    """The answer arrives after a half-close and in a stop; the silent client is let go."""
+    """The answer arrives after a half-close and during a stop; the idle client times out."""
     run = subprocess.run([sys.executable, EXAMPLE], check=True, capture_output=True, text=True, timeout=60)
 
     assert run.stderr == ""
     half_close, idle, stop = re.split(r"\n\n(?=\w)", run.stdout)[:3]
     answered = ["the client receives '5 bytes'", "the client receives end of stream"]
-    begun = ["the client sends 5 bytes", "the client ends its side"]
+    begun = ["the client sends 5 bytes", "the client half-closes the connection"]
     assert re.findall(r"^   0\.\d s   (.*)$", half_close, re.MULTILINE) == begun + answered
     assert re.findall(r"^   (\d)\.\d s   (.*)$", idle, re.MULTILINE) == [
         ("0", "the client sends 5 bytes"),
@@ -271,14 +271,14 @@ def test_example_shows_each_end() -> None:
     ]
     assert re.findall(r"^  +(?:0\.\d s)? +(.*)$", stop, re.MULTILINE) == [
         *begun,
-        "the proxy is told to stop",
+        "the stop begins",
         *answered,
     ]
     assert run.stdout.endswith("\n\nThe proxy has stopped.\n")
 
 
 def test_example_serves_until_sigterm() -> None:
-    """With a port and a target, it says where it listens, and serves until SIGTERM comes."""
+    """Run with a port and a target, it prints where it listens, and serves until SIGTERM."""
     with (
         socket.create_server(("127.0.0.1", 0)) as target,
         subprocess.Popen(
