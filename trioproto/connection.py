@@ -65,7 +65,9 @@ class ProtocolError(ValueError):
 
 
 class ClientError(trio.BrokenResourceError):
-    """What a client did to its own connection; no error of the handler.
+    """What a client did to its own connection; no error of the handler, which has no need to catch it.
+
+    A loop that catches all exceptions must end on this one, which would come again and again.
 
     Attributes:
         connection: the `Connection`. Its own block ends quietly on this; in another one's it is an error like others.
@@ -114,17 +116,19 @@ class Connection(trio.abc.HalfCloseableStream):
     that is closed in the middle of what it was sending is reset, because half a message must not look like a whole one.
 
     In its server's graceful stop, a wait for the next request becomes the end of the conversation: `requests` ends, and
-    `receive_some` returns ``b""``. What is partly received may be finished. A client that leaves nothing to wait for is
-    ended between two requests after `LAST_REQUESTS_SECONDS`.
+    `receive_some` returns ``b""``. What is partly received may be finished. A client that has sent nothing yet has a
+    second, from when it was accepted, for its first request (`FIRST_REQUEST_GRACE`). One that leaves nothing to wait
+    for is ended between two requests after a second (`LAST_REQUESTS_SECONDS`).
 
     Args:
         stream: any stream of Trio's. The connection takes charge of it: nobody else may use it.
         idle_timeout: seconds, above 0, in which nothing moves, either way, before the client's next request begins; and
-            that the client may take to make room for more of what it is sent.
+            that the client may take to make room for more of what it is sent. `math.inf`, the default, is no limit.
         request_timeout: seconds, above 0, that a request may take from its first byte to its last, and that a TLS
-            handshake may take.
+            handshake may take. The default is no limit, too.
         max_unsent: for pushing from any task: how many pushed bytes, 0 or more, may wait for the client before it is
-            let go. It should be more than the largest message. None: only the handler pushes, between its waits.
+            let go. It should be more than the largest message. None: only the handler may push; what another task
+            pushes is held back until the handler next begins to wait for the client.
 
     Raises:
         ValueError: on creation, for an argument out of its range.
@@ -219,7 +223,7 @@ class Connection(trio.abc.HalfCloseableStream):
 
     @property
     def peer(self) -> str:
-        """The client's address, for log lines: known also when the connection is gone."""
+        """The client's address as text, for log lines: known also when the connection is gone."""
         return self._accepted.peer
 
     @property
@@ -230,7 +234,10 @@ class Connection(trio.abc.HalfCloseableStream):
 
     @property
     def stopping(self) -> trio.Event:
-        """Set when the server's graceful stop begins; never, if no server of trioproto's accepted the stream."""
+        """A `trio.Event`, set when the server's graceful stop begins.
+
+        Never, if no server of trioproto's accepted the stream.
+        """
         return self._drain.began
 
     # The block.
@@ -418,13 +425,16 @@ class Connection(trio.abc.HalfCloseableStream):
         The iteration ends when the client has ended its side between two requests, or when the server stops and no
         request is under way. It may be left with ``break`` and taken up again, also with another ``read``.
 
-        Before the next request is read, what was pushed for the ones before is sent, if it is `MAX_OWED` bytes or more,
-        or if the request has not arrived yet. Requests that have arrived together are read one after the other without
-        a checkpoint, except for one every `REQUESTS_PER_TURN`.
+        Before the next request is read, what was pushed for the ones before is sent, if it is 64 KiB or more
+        (`MAX_OWED`; half of ``max_unsent``, if that is less), or if the request has not arrived yet. Requests that have
+        arrived together are read one after the other without a checkpoint, except for one every 64
+        (`REQUESTS_PER_TURN`).
 
         Args:
-            read: receives one request by the methods of this class, and returns it. It may as well take all that has
-                arrived, return many requests as one, and give back the rest with `unreceive`.
+            read: an async function that receives one request by the methods of this class, and returns it. It may as
+                well take all that has arrived, and return many requests as one. What is left over it must give back
+                with `unreceive`: the next request begins with a byte that is received, not with one that is kept in a
+                parser.
 
         Raises:
             ClientError: if the client broke the connection, took too long, or ended its side inside a request.
@@ -769,10 +779,13 @@ class Connection(trio.abc.HalfCloseableStream):
     def push(self, data: bytes | bytearray | memoryview) -> None:
         """Have ``data`` sent, without waiting: after what was pushed before, and together with it.
 
-        Without ``max_unsent``, this is for the handler itself: it is sent at the latest when the handler next awaits a
-        method of this connection that has to wait, and not while it awaits anything else. With ``max_unsent``, any task
-        may push, and it is sent at once, whatever the handler waits for. If then more than ``max_unsent`` bytes are
-        left that the system has not taken, the client is let go, and the block ends.
+        From any task, once the connection has ``max_unsent``: it is sent at once, whatever the handler waits for. If
+        then more than ``max_unsent`` bytes are left that the system has not taken, the client is let go, and the block
+        ends. To leave out messages for a slow client instead, look at `unsent` first.
+
+        Without ``max_unsent``, only from the handler itself: it is sent at the latest when the handler next awaits a
+        method of this connection that has to wait, and not while it awaits anything else. What another task pushes
+        meanwhile is held back until then, however long that is.
 
         After the block, or after `send_eof` or `aclose`, nothing happens.
 

@@ -163,10 +163,12 @@ async def serve_listeners(
             is more is reset at once, takes no place of ``max_connections``, and counts as `ServerStats.refused`; the
             first of them is logged, and again after the client has had fewer. None: as many as come.
         shutdown: stops the server once it is set. Connections that wait in the kernel's queue are still served, as
-            far as they can be accepted within `EMPTYING_SECONDS`, and the listeners closed. A listener that its owner
-            closes at the same time, because its socket has another server to serve its queue, is left alone. Handlers
-            with a `trioproto.Connection` finish the requests that are under way and end; other handlers are waited for.
-        grace_period: seconds, 0 or more, from ``shutdown`` until the connections that are left are cancelled.
+            far as they can be accepted within a second (`EMPTYING_SECONDS`), and the listeners closed. A listener that
+            its owner closes at the same time, because its socket has another server to serve its queue, is left alone.
+            Handlers with a `trioproto.Connection` finish the requests that are under way and end; other handlers are
+            waited for.
+        grace_period: seconds, 0 or more, from ``shutdown`` until the connections that are left are cancelled. The
+            default is to wait for all of them.
         give_way: for processes that share listening sockets: called with the number of open connections before each is
             accepted. While it returns True, because others have fewer, they are given some milliseconds to accept it
             first. None: whoever is first accepts.
@@ -237,7 +239,8 @@ async def serve_tcp(
     Args:
         handler: an async function that serves one connection.
         port: 0 to 65535; 0 lets the kernel pick one.
-        host: the name or address to listen on, all that a name stands for; None for all of this machine's.
+        host: the name or address to listen on, all that a name stands for. None, the default, is every address of this
+            machine, as for `trio.serve_tcp`: give ``127.0.0.1`` to a server for this machine alone.
         backlog: how many connections the kernel queues before they are accepted; None for as many as it allows.
         tick: as for `serve_listeners`, like all that follows.
         on_tick: see there.

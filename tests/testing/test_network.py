@@ -2,13 +2,16 @@
 
 import contextlib
 import errno
+import functools
 import gc
 import itertools
 import math
 import random
+import textwrap
 import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import pytest
 import trio
@@ -16,6 +19,10 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
+import trioproto.testing
+from trioproto.connection import Connection
+from trioproto.draining import current_drain
+from trioproto.server import serve_listeners
 from trioproto.testing.network import CONNECT_TIMEOUT, MAX_SEGMENT, MAX_STALL, Network, NetworkStream
 
 Clock = trio.testing.MockClock
@@ -851,3 +858,33 @@ def test_hours_in_milliseconds() -> None:
     began = time.perf_counter()
     trio.run(main, clock=Clock(autojump_threshold=0))
     assert time.perf_counter() - began < 10
+
+
+def test_shown_example() -> None:
+    """The test of a stop that `trioproto.testing` shows passes; it fails for a server that does not stop gracefully."""
+    assert trioproto.testing.__doc__
+    shown = textwrap.dedent(trioproto.testing.__doc__.partition("::\n\n")[2])
+
+    async def read_line(connection: Connection) -> bytes:
+        return await connection.receive_until(b"\n", max_bytes=1000)
+
+    async def shout(stream: trio.abc.Stream) -> None:
+        async with Connection(stream, request_timeout=30) as connection:
+            async for line in connection.requests(read_line):
+                await connection.send_all(line.upper() + b"\n")
+
+    async def shout_abruptly(stream: trio.abc.Stream) -> None:
+        with current_drain().ends_wait():
+            await shout(stream)
+
+    def run(handler: Callable[[trio.abc.Stream], Awaitable[None]]) -> None:
+        names: dict[str, Any] = {"trio": trio, "functools": functools, "Network": Network, "shout": handler}
+        names["serve_listeners"] = serve_listeners
+        exec(shown, names)
+        clock = trio.testing.MockClock(autojump_threshold=0)
+        trio.run(names["test_stop"], clock, clock=clock)
+
+    run(shout)
+    with pytest.raises(ExceptionGroup) as caught:
+        run(shout_abruptly)
+    assert caught.group_contains((AssertionError, trio.BrokenResourceError))

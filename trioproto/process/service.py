@@ -93,14 +93,15 @@ async def serve_until_signal(
 
     At the first signal, no new connections are let in. Those that wait in the accept queue are still served, requests
     that are under way are finished, idle connections are ended, and whatever is left after ``grace_period`` seconds is
-    cancelled. A second signal, `SAME_SIGNAL_SECONDS` after the first or later, cancels everything at once. Only one
-    call at a time may run in a process, because a signal reaches only one of them.
+    cancelled. A second signal, at least one second after the first (`SAME_SIGNAL_SECONDS`), cancels everything at
+    once. Only one call at a time may run in a process, because a signal reaches only one of them.
 
     Args:
         handler: an async function that serves one connection, as for `trioproto.serve_listeners`.
         port: the TCP port, 0 to 65535; 0 lets the kernel pick one for each address. None: no TCP, only ``unix`` and
             ``fds``.
-        host: the name or address to listen on, or several of them; all addresses that a name stands for.
+        host: the name or address to listen on, or several of them; all addresses that a name stands for. The default is
+            for this machine alone; ``0.0.0.0`` and ``::`` are every address of it.
         unix: the path of a UNIX socket to listen on as well. Only this user may connect to it. A file that a dead
             server left is replaced, and the file is removed when the stop begins.
         fds: descriptors of listening sockets that this process inherited, to serve as well. They are closed when a stop
@@ -128,8 +129,8 @@ async def serve_until_signal(
         announce: called with each listener's address, such as ``127.0.0.1:9000`` or ``unix:PATH``, once all of them
             listen and a signal would stop the server gracefully. None: each address is logged, at level INFO.
         metrics: a host and a port, on which Prometheus may scrape ``/metrics``, until the server has stopped. The
-            numbers are at most `BEAT_SECONDS` old. Needs the extra ``metrics``. Whoever can connect there can read
-            them. None: nothing is served there.
+            numbers are at most a second old (`BEAT_SECONDS`). Needs the extra ``metrics``. Whoever can connect there
+            can read them. None: nothing is served there.
 
     Returns:
         The last `ServerStats`, or None if a second signal cancelled the server.

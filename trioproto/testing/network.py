@@ -55,7 +55,8 @@ class Network:
         seed: the same seed gives the same latencies, sizes, resets and stalls.
         latency: seconds, 0 or more. A segment takes from 0 to this. With 0, nothing is late, so nothing is cut.
         reset: the probability, 0 to 1, that a segment is lost, and its connection reset for both ends when it is due.
-        stall: the probability, 0 to 1, that a segment is late by up to `MAX_STALL`, and with it what follows it.
+        stall: the probability, 0 to 1, that a segment is late by up to a minute (`MAX_STALL`), and with it what
+            follows it.
         buffer_size: how many bytes, 1 or more, one direction of a connection holds, in flight and unread.
     """
 
@@ -96,8 +97,8 @@ class Network:
     async def connect(self, host: str, port: int, *, source: str = "client") -> "NetworkStream":
         """Connect to where ``host`` listens, from the host ``source``, which is up again if it had crashed.
 
-        Raises `OSError`: ``ECONNREFUSED``, if nobody listens there; ``ETIMEDOUT`` after `CONNECT_TIMEOUT`, if ``host``
-        has crashed, is cut off, or its backlog stays full. If cancelled, the server sees nothing, or a reset.
+        Raises `OSError`: ``ECONNREFUSED``, if nobody listens there; ``ETIMEDOUT`` after 127 seconds, if ``host`` has
+        crashed, is cut off, or its backlog stays full. If cancelled, the server sees nothing, or a reset.
         """
         self._start(source)
         number = self._connected[source, host]

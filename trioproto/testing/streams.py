@@ -18,7 +18,7 @@ import trio
 import trio.testing
 
 Cuts = int | Iterable[int]
-"""How deliveries are cut: one size for each of them, or the sizes in turn and after the last one no more cuts."""
+"""How deliveries are cut: one size in bytes for each of them, or the sizes in turn and after the last no more cuts."""
 
 
 def random_cuts(seed: int, largest: int = 16) -> Iterator[int]:
@@ -45,8 +45,9 @@ def fragmented_stream_pair(
     """Create two connected streams in memory whose deliveries are cut.
 
     Args:
-        to_first: how what the first stream receives is cut.
-        to_second: how what the second stream receives is cut.
+        to_first: how what the first stream receives is cut: the size in bytes, 1 or more, of each delivery, or the
+            sizes in turn, after which there are no more cuts. They may go on without end, as those of `random_cuts` do.
+        to_second: the same for what the second stream receives.
 
     Returns:
         The two streams. One ``receive_some`` never gives more than is left of the current delivery, as if the
@@ -84,15 +85,19 @@ async def converse(
 ) -> bytes:
     """Run ``handler`` as a server for one client, and return everything that the client receives.
 
-    The client sends ``sent``, then end of stream, and receives until the handler ends the connection.
+    The client sends ``sent``, then end of stream, and receives until the handler ends the connection. A handler that
+    never does is waited for: put `trio.fail_after` around it.
 
     Args:
         handler: serves a stream, as for `trioproto.serve_tcp`. It need not close the stream.
         sent: what the client sends.
-        cuts: how that is cut into deliveries to the handler.
+        cuts: how that is cut into deliveries to the handler: their size, or their sizes in turn, as for
+            `fragmented_stream_pair`.
 
     Raises:
-        Whatever ``handler`` raises, in an exception group.
+        ExceptionGroup: with whatever ``handler`` raises.
+
+    On cancellation, the handler is cancelled, too.
     """
     client, served = fragmented_stream_pair(to_second=cuts)
     received = bytearray()
