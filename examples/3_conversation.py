@@ -1,16 +1,16 @@
-"""A conversation on the wire: one op request, as the packets that TCP makes of it.
+"""A conversation on the wire: one op request, as TCP segments.
 
-Captures a real exchange on loopback and draws it as a sequence chart, with time flowing down: the three-way handshake,
-request and reply with the fields of the op protocol, the closing handshake. Sequence and acknowledgement numbers are
-relative to where each side began, as Wireshark shows them.
+Captures a real exchange on loopback and draws it as a sequence chart, with time running downwards: the three-way
+handshake, request and reply with the fields of the op protocol, the closing handshake. Sequence and acknowledgement
+numbers are relative to the initial ones, as in Wireshark.
 
-Run it (capturing needs root; scapy takes the packets apart; the SVG is written if you name a file for it)::
+Run it (capturing needs root; scapy parses the packets; the SVG is written if you name a file for it)::
 
     .venv/bin/pip install '.[examples]'
     sudo .venv/bin/python examples/3_conversation.py [examples/conversation.svg]
 
-Look for the acknowledgements: often explained as ACK = SEQ + bytes + 1. What TCP really does is ACK = SEQ + bytes; the
-one is there for a SYN or a FIN only, which count like one byte (RFC 9293, section 3.4).
+Note the acknowledgements. They are often explained as ACK = SEQ + bytes + 1. In fact, ACK = SEQ + bytes; only a SYN or
+a FIN adds one, because each counts like a byte (RFC 9293, section 3.4).
 """
 
 import contextlib
@@ -36,14 +36,14 @@ except ModuleNotFoundError:
 OPERANDS, OPERATOR = (12, -7, 1), "+"
 
 ETH_P_IP = 0x0800  # <linux/if_ether.h>
-SO_TIMESTAMPNS = 35  # <asm-generic/socket.h>; Python has no names for these two
+SO_TIMESTAMPNS = 35  # <asm-generic/socket.h>; Python does not define these two
 SO_RCVBUFFORCE = 33
 
 FLAGS = {"S": "SYN", "F": "FIN", "R": "RST", "P": "PSH", "A": "ACK"}
 PHASES = ["Three-way handshake", "Request and reply", "Closing handshake"]
 LESSON = (
-    "An ACK names the next byte that is expected: ACK = SEQ + bytes.",
-    "Not + 1, as one often reads: only a SYN and a FIN count one, like a byte.",
+    "An ACK is the number of the next expected byte: ACK = SEQ + bytes.",
+    "There is no general + 1: only a SYN and a FIN count like one byte each.",
 )
 
 
@@ -53,11 +53,11 @@ class Segment:
 
     Attributes:
         time: microseconds since the first one.
-        from_client: which way it went.
+        from_client: whether the client sent it.
         flags: such as ``("SYN", "ACK")``.
-        seq: the number of its first byte, relative.
-        ack: the number of the next byte that its sender expects, relative; None without the flag.
-        data: what it carries of the op protocol.
+        seq: the relative number of its first byte.
+        ack: the relative number of the next byte that its sender expects; None without the flag.
+        data: its payload.
     """
 
     time: int
@@ -81,7 +81,7 @@ class Segment:
 
     @property
     def fields(self) -> list[tuple[str, str]]:
-        """The fields of the op protocol that it carries: each one's bytes and its meaning."""
+        """The fields of the op protocol in it: each one's bytes and meaning."""
         if not self.data:
             return []
         if not self.from_client:
@@ -96,14 +96,14 @@ class Segment:
 
 
 async def capture() -> list[Segment]:
-    """Ask an op server on loopback once, and return every segment of that connection."""
+    """Send one request to an op server on loopback, and return all segments of that connection."""
     with trio.socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_IP)) as packets:
-        # On loopback each packet is seen leaving and arriving. Who asks for IP alone, not for everything, gets only
-        # those that arrive (packet(7)).
+        # On loopback each packet is seen twice, leaving and arriving. A socket bound to ETH_P_IP, not to ETH_P_ALL,
+        # receives only those that arrive (packet(7)).
         await packets.bind(("lo", ETH_P_IP))
         packets.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-        with contextlib.suppress(PermissionError):  # a root without this right, as in a container, does without
-            packets.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 2**23)  # loopback may be busy with others' packets
+        with contextlib.suppress(PermissionError):  # optional: root in a container may lack the capability
+            packets.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 2**23)  # loopback may carry much other traffic
         async with trio.open_nursery() as nursery:
             serve = functools.partial(serve_tcp, op_handler, 0, host="127.0.0.1")
             (listener,) = await nursery.start(serve)
@@ -111,9 +111,8 @@ async def capture() -> list[Segment]:
             async with await trio.open_tcp_stream(*server) as stream:
                 client = stream.socket.getsockname()
                 await op_request(stream, OPERANDS, OPERATOR)
-            # All of it waits in the capturing socket's buffer by now, or soon.
             segments: list[Segment] = []
-            origin: dict[int, int] = {}  # for each port, the number that its SYN had
+            origin: dict[int, int] = {}  # for each port, its initial sequence number
             began = 0
             with trio.fail_after(5):
                 while not _is_closed(segments):
@@ -150,7 +149,7 @@ def _is_closed(segments: Sequence[Segment]) -> bool:
 
 
 def explain(segment: Segment, before: Sequence[Segment]) -> str:
-    """Say how ``segment``'s acknowledgement comes about, if it acknowledges anything new."""
+    """Return how the acknowledgement of ``segment`` is computed, or "" if it acknowledges nothing new."""
     last = max((other.ack or 0 for other in before if other.from_client == segment.from_client), default=0)
     if segment.ack is None or segment.ack == last:
         return ""
@@ -158,8 +157,9 @@ def explain(segment: Segment, before: Sequence[Segment]) -> str:
     size = sum(len(other.data) for other in new)
     counted = [f"{size} bytes"] if size else []
     counted += [f"1 for the {flag}" for flag in ("SYN", "FIN") if any(flag in other.flags for other in new)]
-    both = "; ACK and FIN in one" if "FIN" in segment.flags and any("FIN" in other.flags for other in new) else ""
-    return f"ack {segment.ack} = {new[0].seq} + {' + '.join(counted)}{both}"
+    both = "FIN" in segment.flags and any("FIN" in other.flags for other in new)
+    note = "; ACK and FIN in one segment" if both else ""
+    return f"ack {segment.ack} = {new[0].seq} + {' + '.join(counted)}{note}"
 
 
 def phases(segments: Sequence[Segment]) -> Iterator[tuple[str, list[tuple[Segment, str]]]]:
@@ -223,7 +223,7 @@ STYLE = """
 
 
 def draw_svg(segments: Sequence[Segment]) -> str:
-    """Return the chart as an SVG, readable on light and on dark pages."""
+    """Return the chart as an SVG, for light and dark pages."""
     width, left, right, slope = 860, 120, 740, 14
     middle = width // 2
     bands: list[str] = []
@@ -295,5 +295,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.platform != "linux":
-        sys.exit("3_conversation.py: packet sockets are Linux's: run it there")
+        sys.exit("3_conversation.py: packet sockets exist only on Linux: run it there")
     main()

@@ -1,16 +1,16 @@
 """The tree of tasks: a server inside an app, recorded while it runs, and drawn.
 
-Trio tells an instrument of each task that starts and ends, and each task knows its nursery. That is enough to draw what
-structured concurrency means: a nursery is left only when the last of its tasks has ended, so the tasks are a tree, and
-no task outlives the one that started it.
+Trio notifies an instrument of each task that starts and ends, and each task knows its nursery. That is enough to draw
+what structured concurrency means: a nursery exits only when all its tasks have ended, so the tasks form a tree, and no
+task outlives its parent.
 
 Run it; it takes three seconds (the SVG is written if you name a file for it)::
 
     python examples/5b_task_tree.py [examples/task_tree.svg]
 
-Look at what ends when. The crash ends connection 2, and nothing else. The stop ends connection 4 at once, because it is
-idle, and lets connection 5 finish its request. What is left after the grace period is cancelled: connection 6, and with
-it the tasks in its own nursery. Only then does the server return, and the app's own task has noticed nothing.
+Note when each task ends. The crash ends connection 2, and nothing else. The stop ends connection 4 at once, because it
+is idle, and lets connection 5 finish its request. After the grace period, connection 6 is still at work and is
+cancelled, together with the tasks in its own nursery. Then the server returns. The app's own task is not affected.
 """
 
 import contextlib
@@ -34,22 +34,22 @@ from trioproto import Connection, ServerStats, serve_tcp
 
 @attrs.define(eq=False)
 class Bar:
-    """What is drawn of a task. Times are in seconds since the run began."""
+    """A task in the chart. Times are in seconds since the run began."""
 
     label: str
     start: float
     end: float = math.nan
-    work: list[tuple[float, float]] = attrs.Factory(list)  # from when to when it was at work on a request
-    ticks: list[float] = attrs.Factory(list)  # when the timeout of the accept loop woke it
+    work: list[tuple[float, float]] = attrs.Factory(list)  # start and end of each request that it worked on
+    ticks: list[float] = attrs.Factory(list)  # of the accept loop
     ending: str = ""  # why it ended
     nurseries: dict[trio.Nursery, list["Bar"]] = attrs.Factory(dict)  # the tasks in each of its nurseries
 
 
 class Recorder(trio.abc.Instrument):
-    """Records every task of a run; a task may add what Trio does not know of it."""
+    """Records every task of a run; a task may add its own label, work and ticks."""
 
     def before_run(self) -> None:
-        """Begin. Trio calls this."""
+        """Start recording. Trio calls this."""
         self.bars: dict[trio.lowlevel.Task, Bar] = {}
         self.began = trio.current_time()
         self.stop = math.nan  # when the server's stop began
@@ -72,7 +72,7 @@ class Recorder(trio.abc.Instrument):
 
     @contextlib.contextmanager
     def follow(self, label: str) -> Iterator[Bar]:
-        """Name the task that runs the block, and note the exception that ends it."""
+        """Label the task that runs the block, and record the exception that ends it."""
         bar = self.own_bar()
         bar.label = label
         try:
@@ -83,7 +83,7 @@ class Recorder(trio.abc.Instrument):
 
     @contextlib.contextmanager
     def work(self) -> Iterator[None]:
-        """Note that the task that runs the block is at work meanwhile."""
+        """Record that the task is at work while it runs the block."""
         began = self.now()
         try:
             yield
@@ -91,9 +91,9 @@ class Recorder(trio.abc.Instrument):
             self.own_bar().work.append((began, self.now()))
 
     def tree(self, label: str) -> Bar:
-        """Return the bar with this label, and in it all bars below it."""
+        """Return the bar with this label, with all bars below it."""
         for task, bar in self.bars.items():
-            nursery = task.parent_nursery  # asked for after the run: `trio.Nursery.start` moves a task into another one
+            nursery = task.parent_nursery  # read after the run: `trio.Nursery.start` moves a task to another one
             if nursery is not None:
                 self.bars[nursery.parent_task].nurseries.setdefault(nursery, []).append(bar)
         return next(bar for bar in self.bars.values() if bar.label == label)
@@ -101,16 +101,16 @@ class Recorder(trio.abc.Instrument):
 
 # The scenario: an app with a server, and its clients.
 
-TICK = 0.5  # seconds, as all that follows
+TICK = 0.5  # seconds, like all times below
 STOP = 1.6
 GRACE_PERIOD = 1.0
 OWN_TASK = 2.95
 
-# What each client sends, and when; in the end it ends its side (""), or waits until the server does. A line asks for
-# jobs of so many seconds, all at once: the handler does the first one itself, and starts a task for each other one.
+# What each client sends, and when; at the end it half-closes (""), or waits for end of stream. A line lists the seconds
+# that each of its jobs takes: the handler does the first job itself, and starts a task for each of the others.
 CLIENTS = [
     [(0.2, "0.4"), (1.0, "")],
-    [(0.4, "0.2"), (0.7, "two")],  # which is no number, and nobody thought of that
+    [(0.4, "0.2"), (0.7, "two")],  # not a number, which the handler does not expect
     [(0.6, "0.3"), (1.1, "")],
     [(0.9, "0.2")],
     [(1.1, "1.0")],
@@ -126,7 +126,7 @@ async def read_line(connection: Connection) -> bytes:
 async def app(
     recorder: Recorder, *, task_status: trio.TaskStatus[trio.SocketListener] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Run a server beside a task of the app's own, and stop it after a while."""
+    """Run a server and a task of the app's own, and stop the server after `STOP` seconds."""
     numbers = itertools.count(1)
     shutdown = trio.Event()
 
@@ -163,7 +163,7 @@ async def app(
 
 
 async def client(listener: trio.SocketListener, steps: list[tuple[float, str]]) -> None:
-    """Connect at the first step, and send each line at its time, from now on."""
+    """Connect at the time of the first step, and send each line at its time."""
     began = trio.current_time()
     await trio.sleep_until(began + steps[0][0])
     async with await trio.testing.open_stream_to_socket_listener(listener) as stream:
@@ -178,7 +178,7 @@ async def client(listener: trio.SocketListener, steps: list[tuple[float, str]]) 
 
 
 async def scenario(recorder: Recorder) -> None:
-    """Run the app and all clients. Those are no part of the picture, which begins at the app."""
+    """Run the app and all clients. The chart shows only the app."""
     async with trio.open_nursery() as nursery:
         listener = await nursery.start(app, recorder)
         for steps in CLIENTS:
@@ -189,14 +189,14 @@ async def scenario(recorder: Recorder) -> None:
 
 TITLE = "The tasks of an app with a server"
 LESSON = (
-    "A nursery is left when its last task has ended: no task outlives its parent.",
-    "A crash ends one connection. A stop ends idle ones at once, and lets the others",
-    "finish; after the grace period, what is left is cancelled, with all below it.",
+    "A nursery exits when its last task has ended: no task outlives its parent.",
+    "A crash ends one connection. A stop ends idle ones at once and lets the others",
+    "finish; after the grace period, the rest are cancelled, with all their tasks.",
 )
 
 
 def rows(bar: Bar, depth: int = 0) -> Iterator[tuple[int, Bar | list[Bar]]]:
-    """Yield a task and all below it, as the rows of the chart: tasks, and before its tasks each nursery."""
+    """Yield the rows of the chart, with their depth: a task, then each of its nurseries, followed by its tasks."""
     yield depth, bar
     for tasks in bar.nurseries.values():
         yield depth + 1, tasks
@@ -260,7 +260,7 @@ WIDTH, LEFT, TOP, ROW, SECOND = 860, 196, 84, 24, 206  # pixels
 
 
 def x(time: float) -> float:
-    """Return where a time is on the axis."""
+    """Return the position of a time on the axis."""
     return round(LEFT + time * SECOND, 1)
 
 
@@ -290,14 +290,14 @@ def draw_bar(bar: Bar, y: int) -> Iterator[str]:
 
 
 def draw_frame(tasks: list[Bar], y: int, margin: int) -> str:
-    """Draw a nursery as a frame around its tasks, and all that is below them."""
+    """Draw a nursery as a frame around its tasks and everything below them."""
     start, end = min(task.start for task in tasks), max(task.end for task in tasks)
     height = ROW * sum(len(list(rows(task))) for task in tasks)
     return box("frame", x(start) - margin, x(end) + margin, y + 4, ROW - 8 + height + margin)
 
 
 def draw_svg(root: Bar, stop: float) -> str:
-    """Return the chart as an SVG, readable on light and on dark pages."""
+    """Return the chart as an SVG, for light and dark pages."""
     shapes = [text("title", WIDTH / 2, 36, TITLE)]
     y = TOP
     for depth, row in rows(root):
@@ -329,7 +329,7 @@ def draw_svg(root: Bar, stop: float) -> str:
 
 def main() -> None:
     """Record the run, print its chart, and write the SVG if a file is named."""
-    logging.disable()  # the chart shows what the server would log: the crash, and that the grace period was over
+    logging.disable()  # the chart shows what the server would log: the crash, and the end of the grace period
     recorder = Recorder()
     trio.run(scenario, recorder, instruments=[recorder])
     root = recorder.tree("app")

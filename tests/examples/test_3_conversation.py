@@ -12,7 +12,7 @@ import pytest
 EXAMPLE = Path(__file__).parents[2] / "examples" / "3_conversation.py"
 SVG = EXAMPLE.with_name("conversation.svg")
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="packet sockets are Linux's")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="packet sockets exist only on Linux")
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -28,7 +28,7 @@ def may_capture() -> bool:
 
 
 def texts_of(svg: str) -> list[tuple[float, float, str]]:
-    """Where each text of an SVG has its middle, and what it says."""
+    """Return each text of an SVG, with the position of its middle."""
     elements = ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
     return [(float(element.attrib["x"]), float(element.attrib["y"]), element.text or "") for element in elements]
 
@@ -52,7 +52,7 @@ def test_chart_begins_with_the_three_way_handshake(drawn: tuple[str, str]) -> No
 
 
 def test_chart_shows_request_and_reply_field_by_field(drawn: tuple[str, str]) -> None:
-    """The fields of the op protocol stand under their bytes."""
+    """The meaning of each field of the op protocol is below its bytes."""
     rows = [re.split(r" {2,}", line.strip("│ ")) for line in drawn[0].splitlines()]
     meanings = rows.index(["count 3", "operand 12", "operand -7", "operand 1", "operator +"])
     assert rows[meanings - 1] == ["03", "0c 00 00 00", "f9 ff ff ff", "01 00 00 00", "2b"]
@@ -88,8 +88,8 @@ def test_time_flows_down_in_80_columns(drawn: tuple[str, str]) -> None:
     assert max(map(len, drawn[0].splitlines())) <= 80
 
 
-def test_svg_says_what_the_terminal_says(drawn: tuple[str, str]) -> None:
-    """Each segment, field and explanation of the chart is in the SVG as well."""
+def test_svg_has_the_texts_of_the_terminal(drawn: tuple[str, str]) -> None:
+    """The SVG has each segment, field and explanation of the terminal's chart."""
     chart, svg = drawn
     texts = {text for _, _, text in texts_of(svg)}
     labels = re.findall(r"[─◀] ([A-Z].*?) ─", chart)
@@ -99,7 +99,7 @@ def test_svg_says_what_the_terminal_says(drawn: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("source", ["captured", "committed"])
 def test_no_two_texts_of_the_svg_overlap(source: str, request: pytest.FixtureRequest) -> None:
-    """No text of the drawing runs into another one."""
+    """No text of the drawing overlaps another."""
     svg = request.getfixturevalue("drawn")[1] if source == "captured" else SVG.read_text(encoding="utf-8")
     texts = texts_of(svg)
     assert len(texts) > 30
@@ -108,8 +108,8 @@ def test_no_two_texts_of_the_svg_overlap(source: str, request: pytest.FixtureReq
         assert apart, f"{text!r} overlaps {other!r}"
 
 
-def test_committed_svg_is_drawn_by_the_example_as_it_is() -> None:
-    """The picture for the README is the example's own: in its style, for light and dark, with the request and reply."""
+def test_committed_svg_is_drawn_by_the_current_example() -> None:
+    """The committed drawing has the example's current style, for light and dark pages, and its texts."""
     svg = SVG.read_text(encoding="utf-8")
     style = re.search(r'STYLE = """(.*?)"""', EXAMPLE.read_text(encoding="utf-8"), re.DOTALL)
     assert style is not None
@@ -117,11 +117,11 @@ def test_committed_svg_is_drawn_by_the_example_as_it_is() -> None:
     assert "prefers-color-scheme: dark" in svg
     texts = {text for _, _, text in texts_of(svg)}
     assert {"SYN  seq 0", "ack 15 = 1 + 14 bytes", "result 6"} <= texts
-    assert "Not + 1, as one often reads: only a SYN and a FIN count one, like a byte." in texts
+    assert "There is no general + 1: only a SYN and a FIN count like one byte each." in texts
 
 
 def test_without_root_it_says_so_in_one_line() -> None:
-    """Who may not capture packets is told that it needs root, not shown a traceback."""
+    """Without the right to capture packets, it says in one line that it needs root."""
     pytest.importorskip("scapy", reason="scapy is not installed")
     unprivileged: list[str] = []
     if may_capture():
@@ -138,7 +138,7 @@ def test_without_root_it_says_so_in_one_line() -> None:
 
 
 def test_without_scapy_it_says_so_in_one_line() -> None:
-    """Who lacks the library is told what to install."""
+    """Without scapy, it says in one line what to install."""
     without = f"import runpy, sys; sys.modules['scapy'] = None; runpy.run_path({str(EXAMPLE)!r})"
     done = run(sys.executable, "-c", without)
 

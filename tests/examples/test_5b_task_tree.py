@@ -15,7 +15,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "5b_task_tree.py"
 SVG = EXAMPLE.with_name("task_tree.svg")
 example = runpy.run_path(str(EXAMPLE))
 
-LATE = 0.3  # seconds that a busy machine may add
+LATE = 0.3  # seconds of tolerance, for a busy machine
 NS = "{http://www.w3.org/2000/svg}"
 
 TREE = """
@@ -35,7 +35,7 @@ app
 
 
 class Recorded:
-    """A run of the scenario: the app's bar, every bar in the picture by its label, and when the stop began."""
+    """A run of the scenario: the app's bar, all bars by label, when the stop began, and the end of the grace period."""
 
     def __init__(self) -> None:
         recorder = example["Recorder"]()
@@ -57,23 +57,23 @@ def recorded() -> Recorded:
     return Recorded()
 
 
-# What the run was.
+# The run.
 
 
-def test_every_task_hangs_in_the_nursery_of_the_one_that_supervises_it(recorded: Recorded) -> None:
-    """The tree is the app's, then the server's, then the connections', in the order in which they were spawned."""
+def test_every_task_is_in_the_nursery_of_its_supervisor(recorded: Recorded) -> None:
+    """The app's nursery has the server, the server's has the connections, in the order in which they were spawned."""
     assert [f"{'  ' * depth}{bar.label}" for depth, bar in walk(recorded.root)] == TREE.strip().splitlines()
 
 
 def test_no_task_outlives_its_parent(recorded: Recorded) -> None:
-    """Each task is spawned after the one whose nursery it is in, and has ended before."""
+    """Each task starts after its parent and ends before it."""
     for _, bar in walk(recorded.root):
         for child in itertools.chain(*bar.nurseries.values()):
             assert bar.start <= child.start <= child.end <= bar.end, f"{child.label} in {bar.label}"
 
 
 def test_crash_ends_one_bar_and_the_others_go_on(recorded: Recorded) -> None:
-    """The connection whose handler crashed has ended; what ran beside and above it ran on, and ended otherwise."""
+    """A crash ends only its own connection; its siblings and parents go on, and the server accepts further clients."""
     crashed = recorded.bars["connection 2"]
     assert crashed.ending == "crashed: ValueError"
     for label in ("app", "serve_tcp", "accept loop", "connection 1", "the app's own task"):
@@ -83,7 +83,7 @@ def test_crash_ends_one_bar_and_the_others_go_on(recorded: Recorded) -> None:
 
 
 def test_stop_ends_the_idle_connection_and_the_accept_loop_at_once(recorded: Recorded) -> None:
-    """Both end as the stop begins."""
+    """When the stop begins, the idle connection and the accept loop end at once."""
     idle = recorded.bars["connection 4"]
     assert idle.work[-1][1] < recorded.stop
     assert idle.ending == "stopped"
@@ -92,7 +92,7 @@ def test_stop_ends_the_idle_connection_and_the_accept_loop_at_once(recorded: Rec
 
 
 def test_request_under_way_is_finished_after_the_stop(recorded: Recorded) -> None:
-    """The connection that is at work when the stop begins ends when its work is done, which is within the grace."""
+    """A connection that is at work when the stop begins ends when its work is done, within the grace period."""
     under_way = recorded.bars["connection 5"]
     ((began, ended),) = under_way.work
     assert began < recorded.stop < ended
@@ -101,8 +101,8 @@ def test_request_under_way_is_finished_after_the_stop(recorded: Recorded) -> Non
     assert under_way.ending == "stopped"
 
 
-def test_grace_period_cuts_a_connection_with_all_tasks_below_it_and_nothing_else(recorded: Recorded) -> None:
-    """What is left at its end is cancelled there, from the handler down; the server returns, the app goes on."""
+def test_end_of_grace_period_cancels_a_connection_with_all_tasks_below_it_and_nothing_else(recorded: Recorded) -> None:
+    """A handler that is still running then is cancelled with its tasks; the server returns, and the app goes on."""
     cut = [bar for bar in recorded.bars.values() if bar.ending == "cancelled"]
     assert [bar.label for bar in cut] == ["connection 6", "job of 4 s", "job of 5 s"]
     for bar in (*cut, recorded.bars["serve_tcp"]):
@@ -111,13 +111,13 @@ def test_grace_period_cuts_a_connection_with_all_tasks_below_it_and_nothing_else
 
 
 def test_accept_loop_ticks_on_schedule(recorded: Recorded) -> None:
-    """Every half a second until the stop, whatever the connections do."""
+    """The accept loop ticks every half second until the stop, whatever the connections do."""
     loop = recorded.bars["accept loop"]
     assert [tick - loop.start for tick in loop.ticks] == pytest.approx([0.5, 1.0, 1.5], abs=LATE / 2)
     assert not any(bar.ticks for bar in recorded.bars.values() if bar is not loop)
 
 
-# What the picture is.
+# The picture.
 
 
 @pytest.fixture(params=["recorded", "committed"])
@@ -129,7 +129,7 @@ def svg(request: pytest.FixtureRequest, recorded: Recorded) -> str:
 
 
 def texts_of(svg: str) -> list[tuple[float, float, str, str]]:
-    """Where each text begins, its line, its class, and what it says."""
+    """Return each text's left edge, baseline, class and content."""
     texts = []
     for element in ET.fromstring(svg).iter(f"{NS}text"):
         kind, text = element.attrib["class"], element.text or ""
@@ -140,12 +140,12 @@ def texts_of(svg: str) -> list[tuple[float, float, str, str]]:
 
 
 def width(kind: str, text: str) -> float:
-    """How wide a text may be, in a wide font."""
+    """Return how wide a text is in a wide font."""
     return len(text) * (7.0 if kind in ("note", "axis", "nursery") else 10.0 if kind == "title" else 8.0)
 
 
 def boxes_of(svg: str, kind: str) -> list[tuple[float, float, float, float]]:
-    """Left, top, right and bottom of each rectangle of a class."""
+    """Return left, top, right and bottom of each rectangle of a class."""
     boxes = []
     for element in ET.fromstring(svg).iter(f"{NS}rect"):
         if element.attrib["class"] == kind:
@@ -155,13 +155,13 @@ def boxes_of(svg: str, kind: str) -> list[tuple[float, float, float, float]]:
 
 
 def coloured(style: str) -> set[str]:
-    """Return what is given a colour, such as ``.frame``."""
+    """Return the selectors that have a colour, such as ``.frame``."""
     rules = re.findall(r"^ *([a-z., ]+) \{(.*)\}", style, re.MULTILINE)
     return {name for names, rule in rules if "#" in rule for name in names.split(", ")}
 
 
-def test_svg_says_what_it_is_and_is_readable_in_both_colour_schemes(svg: str) -> None:
-    """It has a title and a description, and each colour of the light scheme has its counterpart in the dark one."""
+def test_svg_has_a_title_and_both_colour_schemes(svg: str) -> None:
+    """It has a title and a description, and each coloured element has a colour in the dark scheme, too."""
     root = ET.fromstring(svg)
     assert [root.findtext(f"{NS}{name}", "") != "" for name in ("title", "desc")] == [True, True]
     light, dark = (root.findtext(f"{NS}style") or "").split("@media (prefers-color-scheme: dark)")
@@ -178,8 +178,8 @@ def test_svg_says_what_it_is_and_is_readable_in_both_colour_schemes(svg: str) ->
     }
 
 
-def test_no_text_runs_into_another_or_out_of_the_picture(svg: str) -> None:
-    """Each text has its place."""
+def test_no_text_overlaps_another_or_leaves_the_picture(svg: str) -> None:
+    """Texts do not overlap, and end inside the picture."""
     texts = texts_of(svg)
     assert len(texts) > 30
     for (x, y, kind, text), (other_x, other_y, other_kind, other) in itertools.combinations(texts, 2):
@@ -190,7 +190,7 @@ def test_no_text_runs_into_another_or_out_of_the_picture(svg: str) -> None:
 
 
 def test_each_frame_encloses_the_bars_of_its_nursery(svg: str) -> None:
-    """Its sides are where its first task was spawned and its last one ended, in order of depth."""
+    """A frame spans from its first task's start to its last task's end, and lies within its parent's frame."""
     bars = sorted(boxes_of(svg, "waiting"), key=lambda box: box[1])[:-1]  # the last one explains the colour
     frames = sorted(boxes_of(svg, "frame"))
     assert len(bars) == 12
@@ -207,8 +207,8 @@ def test_each_frame_encloses_the_bars_of_its_nursery(svg: str) -> None:
     )
 
 
-def test_bars_are_as_long_as_their_tasks_lived(recorded: Recorded) -> None:
-    """A second is as many pixels everywhere, on the axis, too."""
+def test_bars_are_to_scale(recorded: Recorded) -> None:
+    """Bars, axis, stop and grace period have the same number of pixels for each second."""
     svg = example["draw_svg"](recorded.root, recorded.stop)
     axis = {text: x + width(kind, text) / 2 for x, _, kind, text in texts_of(svg) if kind == "axis"}
     second = axis["1 s"] - axis["0 s"]
@@ -223,7 +223,7 @@ def test_bars_are_as_long_as_their_tasks_lived(recorded: Recorded) -> None:
 
 
 def test_committed_svg_is_what_the_example_draws(recorded: Recorded) -> None:
-    """It has the same texts in the same lines, and the same style; the times are those of its own run."""
+    """It has the same texts in the same rows, and the same style; only its times may differ."""
     committed = SVG.read_text(encoding="utf-8")
     drawn = example["draw_svg"](recorded.root, recorded.stop)
     assert [(y, text) for _, y, _, text in texts_of(committed)] == [(y, text) for _, y, _, text in texts_of(drawn)]
@@ -231,7 +231,7 @@ def test_committed_svg_is_what_the_example_draws(recorded: Recorded) -> None:
 
 
 def test_program_shows_the_chart_in_80_columns_and_writes_the_svg(tmp_path: Path) -> None:
-    """The terminal has every task with how it ended, and the file is the picture."""
+    """The terminal's chart shows how every task ended, and the file is the picture."""
     file = tmp_path / "tree.svg"
     run = subprocess.run([sys.executable, EXAMPLE, file], capture_output=True, text=True, timeout=30, check=True)
 
