@@ -6,7 +6,7 @@ numbers are relative to the initial ones, as in Wireshark.
 
 Run it (capturing needs root; scapy parses the packets; the SVG is written if you name a file for it)::
 
-    .venv/bin/pip install '.[examples]'
+    .venv/bin/pip install -e '.[examples]'
     sudo .venv/bin/python examples/3_conversation.py [examples/conversation.svg]
 
 Note the acknowledgements. They are often explained as ACK = SEQ + bytes + 1. In fact, ACK = SEQ + bytes; only a SYN or
@@ -31,7 +31,7 @@ from trioproto.op import Reply, Request
 try:
     from scapy.layers.inet import IP, TCP
 except ModuleNotFoundError:
-    sys.exit("3_conversation.py: needs scapy; from a clone of trioproto: pip install '.[examples]'")
+    sys.exit("3_conversation.py: needs scapy; from a clone of trioproto: pip install -e '.[examples]'")
 
 OPERANDS, OPERATOR = (12, -7, 1), "+"
 

@@ -12,6 +12,9 @@ Run it; three times, a client asks a slow server, through the proxy, how many by
 Note the answer that arrives after the client's half-close, the idle client, and the answer that arrives while the proxy
 is stopping.
 
+If the target cannot be reached, one line is logged, and the client gets end of stream. If your protocol has a message
+for that, as HTTP has status 502, push it to the client where that line is logged.
+
 Or put it in front of a server of your own; this listens on port 9195 (Ctrl-C stops it)::
 
     python examples/6c_proxy.py 9195 example.org 80

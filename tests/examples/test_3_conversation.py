@@ -143,4 +143,4 @@ def test_without_scapy_it_says_so_in_one_line() -> None:
     done = run(sys.executable, "-c", without)
 
     assert done.returncode == 1
-    assert done.stderr == "3_conversation.py: needs scapy; from a clone of trioproto: pip install '.[examples]'\n"
+    assert done.stderr == "3_conversation.py: needs scapy; from a clone of trioproto: pip install -e '.[examples]'\n"
