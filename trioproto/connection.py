@@ -715,7 +715,8 @@ class Connection(trio.abc.HalfCloseableStream):
         On cancellation, nothing or part of it was sent. On a socket, what is left of it then is sent before anything
         else; other streams send nothing more. A checkpoint.
         """
-        _check_data(data)
+        if not isinstance(data, bytes):
+            _check_data(data)
         self._begin_sending()
         try:
             await trio.lowlevel.checkpoint()
@@ -779,13 +780,13 @@ class Connection(trio.abc.HalfCloseableStream):
     def push(self, data: bytes | bytearray | memoryview) -> None:
         """Have ``data`` sent, without waiting: after what was pushed before, and together with it.
 
-        From any task, once the connection has ``max_unsent``: it is sent at once, whatever the handler waits for. If
-        then more than ``max_unsent`` bytes are left that the system has not taken, the client is let go, and the block
-        ends. To leave out messages for a slow client instead, look at `unsent` first.
+        From any task, inside the block of a connection with ``max_unsent``: it is sent at once, whatever the handler
+        waits for. If then more than ``max_unsent`` bytes are left that the system has not taken, the client is let go,
+        and the block ends. To leave out messages for a slow client instead, look at `unsent` first.
 
-        Without ``max_unsent``, only from the handler itself: it is sent at the latest when the handler next awaits a
-        method of this connection that has to wait, and not while it awaits anything else. What another task pushes
-        meanwhile is held back until then, however long that is.
+        Otherwise, only from the handler itself: it is sent at the latest when the handler next awaits a method of this
+        connection that has to wait, and not while it awaits anything else. What another task pushes meanwhile is held
+        back until then, however long that is.
 
         After the block, or after `send_eof` or `aclose`, nothing happens.
 
