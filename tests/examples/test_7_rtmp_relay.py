@@ -28,12 +28,12 @@ encode_amf0 = example["encode_amf0"]
 encode_message = example["encode_message"]
 AUDIO, VIDEO, DATA, COMMAND = 8, 9, 18, 20
 
-Clock = trio.testing.MockClock  # on which no second of the relay's takes one of ours
+Clock = trio.testing.MockClock  # seconds of the relay's take no real time
 Medium = tuple[int, int, bytes]  # kind, timestamp, body
 
 
 def chunk(number: int, kind: int, body: bytes, length: int | None = None) -> bytes:
-    """A chunk with a full header; ``length`` is the message's, if that has more chunks."""
+    """Return a chunk with a full header; ``length`` is the message's, if it has more chunks."""
     return bytes([number, 0, 0, 0]) + (length or len(body)).to_bytes(3, "big") + bytes([kind]) + bytes(4) + body
 
 
@@ -69,7 +69,7 @@ SETTINGS = [(DATA, 0, METADATA), (VIDEO, 0, AVC_SETTINGS), (AUDIO, 0, AAC_SETTIN
 
 
 def settings_at(time: int) -> list[Medium]:
-    """What a player begins with at a key frame; metadata has no time."""
+    """Return the settings that a player gets before a key frame; metadata has timestamp 0."""
     return [SETTINGS[0], *((kind, time, body) for kind, _, body in SETTINGS[1:])]
 
 
@@ -81,7 +81,7 @@ class Room:
         self.streams: dict[str, Any] = {}
 
     async def connect(self, asked: bytes, *, slow: bool = False) -> trio.abc.HalfCloseableStream:
-        """Let a client in, and ask for something; if it is ``slow``, it is sent nothing before it receives."""
+        """Connect a client, and send ``asked``; if ``slow``, a send to the client waits until it receives."""
         pair = trio.testing.lockstep_stream_pair if slow else trio.testing.memory_stream_pair
         client, served = pair()
         self._nursery.start_soon(example["relay"], self.streams, served)
@@ -93,12 +93,12 @@ class Room:
         return client
 
     async def send(self, publisher: trio.abc.SendStream, *media: Medium) -> None:
-        """Publish messages, and wait until they are pushed to the players."""
+        """Publish messages, and wait until they have been pushed to the players."""
         await publisher.send_all(b"".join(encode_message(kind, body, timestamp=time) for kind, time, body in media))
         await self.settle()
 
     async def settle(self) -> None:
-        """Wait until everybody has done what there is to do, and a beat has passed."""
+        """Wait until all tasks are blocked and a beat has passed."""
         await trio.testing.wait_all_tasks_blocked()
         await trio.sleep(example["BEAT"])
         await trio.testing.wait_all_tasks_blocked()
@@ -114,15 +114,15 @@ async def room() -> AsyncIterator[Room]:
 
 
 async def messages(client: trio.abc.Stream) -> list[tuple[int, int, bytes]]:
-    """Receive all that a client is sent from now on, until the relay ends the connection."""
-    # It acknowledges what it receives whenever that is due, so it has to be able to push.
+    """Receive what a client is sent from now on, until the relay ends the connection."""
+    # `read_message` pushes acknowledgements, so this connection must be able to push.
     async with Connection(client, max_unsent=2**16) as connection:
         return [tuple(message) async for message in connection.requests(example["Incoming"]().read_message)]
     raise AssertionError("the relay broke the connection")
 
 
 async def watched(player: trio.abc.Stream) -> list[Medium]:
-    """Receive the audio, video and data that a player is sent; it has to end in order."""
+    """Receive the audio, video and data that a player is sent, and check that its stream ends properly."""
     received = await messages(player)
     assert received[-2][2] == b"\0\1\0\0\0\1", "no Stream EOF"
     assert b"NetStream.Play.UnpublishNotify" in received[-1][2]
@@ -130,7 +130,7 @@ async def watched(player: trio.abc.Stream) -> list[Medium]:
 
 
 async def test_player_that_joins_late_begins_with_settings_and_a_key_frame(autojump_clock: Clock, room: Room) -> None:
-    """A late player is sent the settings and the group under way at once, on that group's clock, then what comes."""
+    """A late player gets the settings and the current group at once, with its timestamps, then new messages."""
     publisher = await room.connect(PUBLISH)
     await room.send(publisher, *SETTINGS, (VIDEO, 0, key("1")), (VIDEO, 40, picture("2")), (AUDIO, 41, sound("2")))
     await room.send(publisher, (VIDEO, 80, key("3")), (AUDIO, 90, sound("3")), (VIDEO, 120, picture("4")))
@@ -151,8 +151,8 @@ async def test_player_that_joins_late_begins_with_settings_and_a_key_frame(autoj
     ]
 
 
-async def test_player_that_comes_before_the_first_key_frame_waits_for_it(autojump_clock: Clock, room: Room) -> None:
-    """What cannot be decoded yet is not sent: pictures and sound before a key frame, or the end of AVC."""
+async def test_player_that_joins_before_the_first_key_frame_waits_for_it(autojump_clock: Clock, room: Room) -> None:
+    """A player gets nothing that it cannot decode: no video or audio before a key frame, and no end of sequence."""
     publisher = await room.connect(PUBLISH)
     player = await room.connect(PLAY)
     set_data = encode_amf0("@setDataFrame")
@@ -164,7 +164,7 @@ async def test_player_that_comes_before_the_first_key_frame_waits_for_it(autojum
 
 
 async def test_player_gets_settings_that_changed(autojump_clock: Clock, room: Room) -> None:
-    """A watching player is sent new settings as they come; one that joins, those that its group begins with."""
+    """A watching player gets new settings as they arrive; one that joins gets those that its group began with."""
     publisher = await room.connect(PUBLISH)
     await room.send(publisher, (VIDEO, 0, AVC_SETTINGS), (VIDEO, 0, key("1")))
     early = await room.connect(PLAY)
@@ -181,8 +181,8 @@ async def test_player_gets_settings_that_changed(autojump_clock: Clock, room: Ro
     assert await watched(late) == [(VIDEO, 80, AVC_SETTINGS + b" 2"), (VIDEO, 80, key("2"))]
 
 
-async def test_sound_alone_is_played_from_anywhere(autojump_clock: Clock, room: Room) -> None:
-    """Without video, a player begins with the latest sound; when video comes, with its first key frame."""
+async def test_audio_alone_is_played_from_any_message(autojump_clock: Clock, room: Room) -> None:
+    """Without video, a player begins with the latest audio; once video arrives, with its first key frame."""
     publisher = await room.connect(PUBLISH)
     await room.send(publisher, (AUDIO, 0, AAC_SETTINGS), (AUDIO, 0, sound("1")), (AUDIO, 23, sound("2")))
     player = await room.connect(PLAY)
@@ -201,7 +201,7 @@ async def test_sound_alone_is_played_from_anywhere(autojump_clock: Clock, room: 
 
 
 async def test_group_that_is_too_long_is_not_kept(autojump_clock: Clock, room: Room) -> None:
-    """A group may be as long as it likes for those who watch; who joins in one of more than MAX_GROUP waits."""
+    """Players that watch get a group of any length; one that joins after MAX_GROUP bytes waits for the next group."""
     publisher = await room.connect(PUBLISH)
     early = await room.connect(PLAY)
     pictures = [(VIDEO, 40 * n, picture(f"{n}", 500_000)) for n in range(1, 10)]
@@ -215,8 +215,8 @@ async def test_group_that_is_too_long_is_not_kept(autojump_clock: Clock, room: R
     assert await watched(late) == last
 
 
-async def test_player_may_wait_long_for_a_key_frame(autojump_clock: Clock, room: Room) -> None:
-    """A player that joins a group that is too long is kept until the next, however long that takes."""
+async def test_player_that_waits_long_for_a_key_frame_does_not_time_out(autojump_clock: Clock, room: Room) -> None:
+    """A player that joins in a group that is too long stays until the next, however long that takes."""
     publisher = await room.connect(PUBLISH)
     await room.send(publisher, (VIDEO, 0, key("0")), *((VIDEO, n, picture(f"{n}", 1_000_000)) for n in range(5)))
     player = await room.connect(PLAY)
@@ -230,7 +230,7 @@ async def test_player_may_wait_long_for_a_key_frame(autojump_clock: Clock, room:
 
 
 def test_key_frame_costs_each_waiting_player_one_push() -> None:
-    """Players that begin together do not each have all the others looked at: that would be a second, for a thousand."""
+    """When many players begin at once, the work is linear in their number: quadratic, 1000 would take a second."""
 
     class Player:
         peer, unsent, pushed = "a player", 0, 0
@@ -244,12 +244,12 @@ def test_key_frame_costs_each_waiting_player_one_push() -> None:
     assert Player.pushed == 50
 
 
-async def test_slow_player_misses_groups_and_holds_up_nobody(
+async def test_slow_player_misses_groups_and_delays_no_other(
     autojump_clock: Clock, room: Room, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What a player has no room for is left out up to the end of a group; it goes on at a key frame, with settings.
+    """A player without room for a message misses the rest of the group, and continues at a key frame, with settings.
 
-    No more waits for it than MAX_UNSENT, and the others get everything.
+    It never has more than MAX_UNSENT unsent bytes, and the others get everything.
     """
     publisher = await room.connect(PUBLISH)
     await room.send(publisher, *SETTINGS)
@@ -272,7 +272,7 @@ async def test_slow_player_misses_groups_and_holds_up_nobody(
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(receive)
-        await room.settle()  # it has caught up
+        await room.settle()  # it catches up
         await room.send(publisher, (VIDEO, 20_000, picture("not decodable")), (VIDEO, 20_040, key("last")))
         await publisher.send_eof()
 
@@ -285,10 +285,10 @@ async def test_slow_player_misses_groups_and_holds_up_nobody(
     assert capsys.readouterr().out.count("is too slow") == 1
 
 
-async def test_player_that_takes_nothing_is_let_go(
+async def test_player_that_receives_nothing_is_disconnected(
     autojump_clock: Clock, room: Room, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A player that takes nothing for 30 seconds loses its connection, and one line says so."""
+    """A player that receives nothing for 30 seconds is disconnected, and one line is logged."""
     publisher = await room.connect(PUBLISH)
     await room.connect(PLAY, slow=True)
     (stream,) = room.streams.values()
@@ -300,8 +300,8 @@ async def test_player_that_takes_nothing_is_let_go(
     assert [record.message for record in caplog.records] == ["StapledStream: timed out, awaiting room for a reply"]
 
 
-async def test_name_that_is_taken_is_refused_and_then_free(autojump_clock: Clock, room: Room) -> None:
-    """A second publisher gets BadName; when the first leaves, its players end, and the name is free."""
+async def test_name_in_use_is_refused_until_its_publisher_leaves(autojump_clock: Clock, room: Room) -> None:
+    """A second publisher gets BadName; when the first leaves, its players' streams end, and the name is free."""
     first = await room.connect(PUBLISH)
     player = await room.connect(PLAY)
     second = await room.connect(PUBLISH)
@@ -319,8 +319,8 @@ async def test_name_that_is_taken_is_refused_and_then_free(autojump_clock: Clock
     assert b"NetStream.Play.StreamNotFound" in (await messages(await room.connect(PLAY)))[-1][2]
 
 
-async def test_player_that_is_done_leaves_the_others_alone(autojump_clock: Clock, room: Room) -> None:
-    """A player that ends its stream is no player any more, and the stream goes on."""
+async def test_player_that_ends_its_stream_does_not_affect_others(autojump_clock: Clock, room: Room) -> None:
+    """A player that ends its stream is removed, and the stream goes on for the others."""
     publisher = await room.connect(PUBLISH)
     player, other = await room.connect(PLAY), await room.connect(PLAY)
     await player.send_all(command("pause", 0.0, None) + command("closeStream", 0.0, None))
@@ -335,16 +335,16 @@ async def test_player_that_is_done_leaves_the_others_alone(autojump_clock: Clock
     ("body", "said"),
     [
         (AVC_SETTINGS + bytes(20_000), "decoder settings of 20009 bytes: more than 16384"),
-        (b"\x90hvc1", "video of type 0x90: AVC (H.264) is the latest codec that is relayed"),  # as OBS sends HEVC
-        (b"\x1c\0\0\0\0", "video of type 0x1c: AVC (H.264) is the latest codec that is relayed"),
+        (b"\x90hvc1", "video of type 0x90: codecs newer than AVC (H.264) are not supported"),  # as OBS sends HEVC
+        (b"\x1c\0\0\0\0", "video of type 0x1c: codecs newer than AVC (H.264) are not supported"),
     ],
 )
-async def test_publisher_that_breaks_the_protocol_ends_its_players_in_order(
+async def test_publisher_that_violates_the_protocol_ends_its_players_properly(
     autojump_clock: Clock, room: Room, caplog: pytest.LogCaptureFixture, body: bytes, said: str
 ) -> None:
-    """Whatever a publisher ends on is one line, and for its players an end like others.
+    """When a publisher violates the protocol, one line is logged, and its players' streams end as usual.
 
-    So does one whose codec the relay does not know: its players would wait for a key frame forever.
+    An unknown codec counts as a violation: players would wait for a key frame forever.
     """
     publisher = await room.connect(PUBLISH)
     player = await room.connect(PLAY)
@@ -354,8 +354,8 @@ async def test_publisher_that_breaks_the_protocol_ends_its_players_in_order(
     assert [record.message for record in caplog.records] == [f"StapledStream: protocol error: {said}"]
 
 
-async def test_media_with_nothing_in_it_is_left_out(autojump_clock: Clock, room: Room) -> None:
-    """Messages too short for audio or video are no error, and no key frame."""
+async def test_empty_media_is_ignored(autojump_clock: Clock, room: Room) -> None:
+    """Messages that are too short for audio or video are not relayed, and are not an error."""
     publisher = await room.connect(PUBLISH)
     player = await room.connect(PLAY)
     await room.send(publisher, (VIDEO, 0, b""), (VIDEO, 0, b"\x17"), (AUDIO, 0, b"\xaf"), (DATA, 0, b""))
@@ -390,7 +390,7 @@ async def converse_after_handshake(sent: bytes, cuts: Cuts = ()) -> bytes:
 
 
 @pytest.mark.parametrize("cuts", [1, 2, 7, *(functools.partial(random_cuts, seed) for seed in range(10))])
-async def test_conversation_is_understood_however_it_is_cut(
+async def test_conversation_is_understood_in_every_fragmentation(
     cuts: int | functools.partial[Iterator[int]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Handshake, connect, createStream and publish are understood and answered in every fragmentation."""
@@ -414,21 +414,21 @@ async def test_conversation_is_understood_however_it_is_cut(
     ],
 )
 async def test_other_commands_are_answered(asked: list[object], answer: list[object]) -> None:
-    """What clients ask for on the way is answered; what nobody knows is an error, but not the end."""
+    """Other commands of clients are answered; an unknown one gets an error, and the connection goes on."""
     received = await converse_after_handshake(CONNECT + command(*asked) + CREATE_STREAM)
 
     assert b"".join(map(encode_amf0, answer)) in received
     assert encode_amf0("_result") + encode_amf0(2.0) in received
 
 
-async def test_command_that_wants_no_answer_gets_none() -> None:
-    """A transaction of 0 means that nobody waits for an answer (section 7.2.1)."""
+async def test_command_that_expects_no_answer_gets_none() -> None:
+    """A transaction of 0 means that the client expects no answer (section 7.2.1)."""
     assert await converse_after_handshake(command("teapot", 0.0, None) + command() + command("teapot")) == b""
 
 
 @pytest.mark.parametrize("asked", [{}, {"app": 1.0}, {"app": None}, {"app": {}}])
 async def test_connect_has_to_name_an_app(asked: dict[str, object]) -> None:
-    """Without the name of an app, nothing is published: otherwise all such clients would share one."""
+    """Without an app's name, publishing is refused: otherwise all such clients would share one app."""
     received = await converse_after_handshake(command("connect", 1.0, asked) + PUBLISH)
 
     assert encode_amf0("_error") + encode_amf0(1.0) in received
@@ -436,8 +436,8 @@ async def test_connect_has_to_name_an_app(asked: dict[str, object]) -> None:
     assert b"NetStream.Publish.Start" not in received
 
 
-async def test_connect_may_bring_lists_and_booleans() -> None:
-    """OBS lists the codecs that it knows."""
+async def test_connect_may_contain_lists_and_booleans() -> None:
+    """Lists and booleans are decoded: OBS sends a list of its codecs."""
     codecs = b"\x0a\0\0\0\2" + encode_amf0("av01") + encode_amf0("hvc1")
     asked = b"\x03\0\3app" + encode_amf0("live") + b"\0\4list" + codecs + b"\0\4fpad\1\0" + b"\0\0\x09"
     received = await converse_after_handshake(
@@ -447,8 +447,8 @@ async def test_connect_may_bring_lists_and_booleans() -> None:
     assert b"NetStream.Publish.Start" in received
 
 
-async def test_others_have_their_turn_before_each_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands that are long to decode, and have arrived together, do not hold up the others together."""
+async def test_other_tasks_run_before_each_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several commands that arrived together, and take long to decode, do not block other tasks all at once."""
     turn, turns = 0, []
 
     def note(message: Any) -> list[Any]:
@@ -467,18 +467,18 @@ async def test_others_have_their_turn_before_each_command(monkeypatch: pytest.Mo
         await converse_after_handshake(10 * command("teapot", 0.0, None))
         nursery.cancel_scope.cancel()
 
-    assert turns[-1] - turns[0] >= 8  # of the 9 in between, Trio's order may leave out one
+    assert turns[-1] - turns[0] >= 8  # of the 9 in between, Trio's scheduling may omit one
 
 
 async def test_ping_is_answered() -> None:
-    """A ping comes back with its own time stamp (section 7.1.7)."""
+    """The answer to a ping has the ping's timestamp (section 7.1.7)."""
     received = await converse_after_handshake(chunk(2, 4, b"\0\6time") + chunk(2, 4, b"\0\3\0\0\0\1\0\0\1\0"))
 
     assert received == chunk(2, 4, b"\0\7time")
 
 
 async def test_receipt_is_acknowledged_after_each_window() -> None:
-    """A client that sets a window is told each time that so many bytes of it have arrived (section 5.4.3)."""
+    """A client that sets a window gets an acknowledgement for each window of bytes (section 5.4.3)."""
     sent = chunk(2, 5, (100).to_bytes(4, "big")) + 3 * chunk(4, AUDIO, bytes(60))
 
     received = await converse_after_handshake(sent)
@@ -489,14 +489,14 @@ async def test_receipt_is_acknowledged_after_each_window() -> None:
 @pytest.mark.parametrize(
     ("hostile", "said"),
     [
-        (b"GET / HTTP/1.0\r\n\r\n", "protocol error: no RTMP: C0 is version 71, not 3"),
+        (b"GET / HTTP/1.0\r\n\r\n", "protocol error: not RTMP: C0 has version 71, not 3"),
         (b"\x03" + bytes(1535), "ended in the middle of a request"),
     ],
 )
 async def test_garbage_instead_of_a_handshake_ends_in_one_line(
     hostile: bytes, said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Who speaks no RTMP is cut off, and one line of the log says what was wrong."""
+    """A client that does not speak RTMP is disconnected, and one log line says what was wrong."""
     await converse(functools.partial(example["relay"], {}), hostile)
 
     assert [record.message for record in caplog.records] == [f"StapledStream: {said}"]
@@ -517,18 +517,18 @@ async def test_garbage_instead_of_a_handshake_ends_in_one_line(
         (chunk(2, 1, bytes(4)), "set chunk size 0: not 128 to 2147483647"),
         (chunk(2, 1, b"\xff\xff\xff\xff"), "set chunk size 4294967295: not 128 to 2147483647"),
         (chunk(2, 1, b""), "set chunk size 0: not 128 to 2147483647"),
-        (chunk(3, 20, b"\x02\xff\xffconnect"), "an AMF0 value is cut short"),
+        (chunk(3, 20, b"\x02\xff\xffconnect"), "truncated AMF0 value"),
         (chunk(3, 20, b"\x03\x00\x01a" * 6), "AMF0 objects nested more than 4 deep"),
         (chunk(3, 20, b"\x0a\x00\x00\x00\x01" * 6), "AMF0 objects nested more than 4 deep"),
-        (chunk(3, 20, b"\x0a\xff\xff\xff\xff\x05"), "an AMF0 value is cut short"),
-        (chunk(3, 20, b"\x03\x00\x00\x05"), "an AMF0 object without its end"),
-        (chunk(3, 20, b"\x10"), "AMF0 type 16: not one that commands need"),
+        (chunk(3, 20, b"\x0a\xff\xff\xff\xff\x05"), "truncated AMF0 value"),
+        (chunk(3, 20, b"\x03\x00\x00\x05"), "an AMF0 object without an end marker"),
+        (chunk(3, 20, b"\x10"), "unsupported AMF0 type 16"),
     ],
 )
 async def test_hostile_messages_end_in_one_line(hostile: bytes, said: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Whatever exceeds a bound or breaks the protocol ends the connection, and one line of the log says what it was.
+    """What exceeds a limit or violates the protocol ends the connection, and one log line says what was wrong.
 
-    What the client asked for before is answered.
+    Earlier commands are answered.
     """
     received = await converse_after_handshake(CREATE_STREAM + hostile)
 
@@ -537,21 +537,21 @@ async def test_hostile_messages_end_in_one_line(hostile: bytes, said: str, caplo
 
 
 @given(st.binary(max_size=3000), st.booleans())
-def test_no_bytes_crash_the_relay(garbage: bytes, publishing: bool) -> None:  # noqa: FBT001
-    """Whatever comes after the handshake, or to a stream that is published, the relay ends in order."""
+def test_no_input_crashes_the_relay(garbage: bytes, publishing: bool) -> None:  # noqa: FBT001
+    """Whatever a client sends after the handshake, or while publishing, its connection ends without a crash."""
     start = CONNECT + CREATE_STREAM + PUBLISH if publishing else b""
     trio.run(converse_after_handshake, start + garbage)
 
 
-async def test_end_inside_a_message_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    """A client that ends in the middle of a message is noted in the log."""
+async def test_end_inside_a_message_is_one_log_line(caplog: pytest.LogCaptureFixture) -> None:
+    """A client that ends the connection in the middle of a message is logged."""
     await converse_after_handshake(CONNECT[:-1])
 
     assert [record.message for record in caplog.records] == ["StapledStream: ended in the middle of a request"]
 
 
-async def test_silent_client_is_let_go(autojump_clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    """A client that says nothing is let go after 30 seconds."""
+async def test_silent_client_times_out(autojump_clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """A client that sends nothing is disconnected after 30 seconds."""
     caplog.set_level(logging.DEBUG, "trioproto")
     client, served = fragmented_stream_pair()
     with trio.fail_after(1000):
@@ -564,8 +564,8 @@ async def test_silent_client_is_let_go(autojump_clock: Clock, caplog: pytest.Log
     assert [record.message for record in caplog.records] == ["StapledStream: timed out, awaiting a request"]
 
 
-async def test_client_that_dribbles_is_let_go(autojump_clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    """A message that is not whole after 30 seconds ends the connection, though bytes of it go on arriving."""
+async def test_slow_message_times_out(autojump_clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """A message that is not complete after 30 seconds ends the connection, even if bytes of it still arrive."""
     client, served = fragmented_stream_pair()
     with trio.fail_after(1000):
         async with trio.open_nursery() as nursery:
@@ -584,7 +584,7 @@ async def test_client_that_dribbles_is_let_go(autojump_clock: Clock, caplog: pyt
 
 
 async def test_control_characters_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    """Names that a client chose are printed quoted and cut to a line."""
+    """Names that a client chose are printed escaped and shortened to one line."""
     await converse_after_handshake(CONNECT + command("publish", 1.0, None, "\x1b[2J" + 80 * "x"))
 
     said = capsys.readouterr().out
@@ -594,7 +594,7 @@ async def test_control_characters_do_not_reach_the_terminal(capsys: pytest.Captu
 
 
 async def receive_all(sent: bytes) -> list[tuple[int, int, bytes]]:
-    """The kind, timestamp and body of each message in ``sent``."""
+    """Return the kind, timestamp and body of each message in ``sent``."""
     client, served = fragmented_stream_pair()
     await client.send_all(sent)
     await client.send_eof()
@@ -602,8 +602,8 @@ async def receive_all(sent: bytes) -> list[tuple[int, int, bytes]]:
 
 
 @given(st.sampled_from([AUDIO, VIDEO]), st.integers(0, 2**32 - 1), st.integers(0, 200_000))
-def test_what_is_encoded_is_read_again(kind: int, timestamp: int, size: int) -> None:
-    """Messages of any size and time come back as they were, in one chunk or in several."""
+def test_encoded_messages_are_decoded_unchanged(kind: int, timestamp: int, size: int) -> None:
+    """Messages of any size and timestamp are decoded as they were encoded, in one chunk or in several."""
     sent = bytes(size)
     set_chunk_size = example["encode_control"](1, example["CHUNK_SIZE"])
 
@@ -644,10 +644,10 @@ async def test_chunk_stream_numbers_of_each_length(basic_header: bytes) -> None:
     assert await receive_all(sent) == [(9, 0, b"video"), (9, 0, b"more!")]
 
 
-async def test_shorter_headers_leave_out_what_stays_the_same() -> None:
-    """Header formats 1 and 2 bring a new length and kind, or only a time, and 3 nothing new (section 5.3.1.2).
+async def test_shorter_headers_omit_what_stays_the_same() -> None:
+    """Header formats 1 and 2 have a new length and kind, or only a time, and 3 has nothing (section 5.3.1.2).
 
-    Times other than in format 0 are added to the one before.
+    In formats other than 0, the time is a delta.
     """
     sent = (
         b"\x04\0\0\x09" + chunk(4, 9, b"video")[4:]
@@ -660,7 +660,7 @@ async def test_shorter_headers_leave_out_what_stays_the_same() -> None:
 
 
 async def test_extended_timestamps_are_in_each_chunk_and_wrap() -> None:
-    """A timestamp of 0xFFFFFF is followed by the 4 bytes that count, in each chunk (section 5.3.1.3)."""
+    """A timestamp of 0xFFFFFF is followed by the actual one in 4 bytes, in each chunk (section 5.3.1.3)."""
     header = b"\x04\xff\xff\xff" + chunk(4, 9, b"", length=130)[4:]
     late = b"\xff\xff\xff\xf0"
     sent = header + late + 128 * b"v" + b"\xc4" + late + b"vv" + b"\x84\0\0\x14" + 128 * b"w" + b"\xc4ww"
@@ -675,7 +675,7 @@ needs_ffmpeg = pytest.mark.skipif(
 )
 needs_rtmpdump = pytest.mark.skipif(shutil.which("rtmpdump") is None, reason="rtmpdump is not installed")
 
-LIMIT = 60  # seconds, for what would otherwise hang
+LIMIT = 60  # seconds
 
 
 class Relay:
@@ -688,7 +688,7 @@ class Relay:
         self.lines: list[str] = []
 
     def wait_for(self, what: str, times: int = 1) -> None:
-        """Wait until the relay has printed ``what`` so often, from the first line on."""
+        """Wait until ``times`` lines that the relay has printed contain ``what``."""
         assert self.process.stdout is not None
         while sum(what in line for line in self.lines) < times:
             line = self.process.stdout.readline()
@@ -698,7 +698,7 @@ class Relay:
 
 @contextlib.contextmanager
 def running() -> Iterator[Relay]:
-    """Run the example; in the end, it has to stop in order, without a word on standard error."""
+    """Run the example; at the end, check that it stops with status 0 and an empty standard error."""
     with subprocess.Popen(
         [sys.executable, EXAMPLE, "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -713,7 +713,7 @@ def running() -> Iterator[Relay]:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A minute of picture and sound, with B-frames, and a key frame each half a second. It outlasts a busy machine."""
+    """A minute of video and audio, with B-frames and two key frames a second: long enough for a busy machine."""
     path = tmp_path_factory.mktemp("clip") / "clip.flv"
     source = ["-f", "lavfi", "-i", "testsrc=size=128x96:rate=20", "-f", "lavfi", "-i", "sine", "-t", "60"]
     codecs = ["-c:v", "libx264", "-preset", "veryfast", "-bf", "2", "-pix_fmt", "yuv420p", "-g", "10", "-c:a", "aac"]
@@ -723,7 +723,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def publishing(relay: Relay, clip: Path, *options: str, offset: float = 0) -> "Iterator[subprocess.Popen[str]]":
-    """Publish ``clip`` at its own speed, until the end of the block."""
+    """Publish ``clip`` in real time, until the end of the block."""
     source = ["-nostdin", "-re", *options, "-i", str(clip), "-c", "copy", "-output_ts_offset", str(offset)]
     target = ["-f", "flv", f"{relay.address}/live/camera"]
     begun = sum("publishes 'live/camera'" in line for line in relay.lines)
@@ -737,14 +737,14 @@ def publishing(relay: Relay, clip: Path, *options: str, offset: float = 0) -> "I
 
 
 def probe(source: object) -> "subprocess.Popen[str]":
-    """Play and decode, until the stream ends."""
+    """Play and decode until the stream ends."""
     shown = ["-count_frames", "-show_entries", "stream=codec_name,start_time,nb_read_frames", "-of", "compact"]
     command = ["ffprobe", "-v", "warning", *shown, str(source)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def decoded(probing: "subprocess.Popen[str]") -> tuple[float, int]:
-    """When a stream began, in seconds, and how many pictures it had; each of them was decoded without an error."""
+    """Return when a stream began, in seconds, and its number of pictures; check that all decoded without an error."""
     out, err = probing.communicate(timeout=LIMIT)
     assert err == ""
     assert probing.returncode == 0
@@ -755,8 +755,8 @@ def decoded(probing: "subprocess.Popen[str]") -> tuple[float, int]:
 
 
 @needs_ffmpeg
-def test_twenty_players_see_whole_pictures_from_a_key_frame_on(clip: Path) -> None:
-    """Each player decodes without an error all pictures from a key frame to the end, whenever it joined."""
+def test_twenty_players_see_intact_pictures_from_a_key_frame_on(clip: Path) -> None:
+    """Each player, whenever it joined, decodes all pictures from a key frame to the end without an error."""
     with running() as relay, publishing(relay, clip):
         players = []
         for number in range(1, 21):
@@ -776,8 +776,8 @@ def test_twenty_players_see_whole_pictures_from_a_key_frame_on(clip: Path) -> No
 
 @needs_ffmpeg
 @needs_rtmpdump
-def test_player_that_is_stopped_goes_on_with_whole_pictures(tmp_path: Path) -> None:
-    """A player that is stopped misses groups, and holds up nobody; once it goes on, it sees no broken picture."""
+def test_player_that_is_suspended_continues_with_intact_pictures(tmp_path: Path) -> None:
+    """A suspended player misses groups and delays no other; once it continues, it sees no broken picture."""
     clip, slow_file, fast_file = tmp_path / "noise.flv", tmp_path / "slow.flv", tmp_path / "fast.flv"
     noise = ["-f", "rawvideo", "-pix_fmt", "yuv420p", "-s", "480x270", "-r", "20", "-i", "/dev/urandom", "-t", "1"]
     codec = ["-c:v", "libx264", "-preset", "ultrafast", "-qp", "1", "-g", "5"]  # 7 MB
@@ -791,7 +791,7 @@ def test_player_that_is_stopped_goes_on_with_whole_pictures(tmp_path: Path) -> N
             slow.send_signal(signal.SIGSTOP)
             relay.wait_for("is too slow")
             slow.send_signal(signal.SIGCONT)
-            relay.wait_for("begins at a key frame")
+            relay.wait_for("starts at a key frame")
             relay.process.send_signal(signal.SIGTERM)  # the stop delivers what is under way
             assert [slow.wait(LIMIT), fast.wait(LIMIT), relay.process.wait(LIMIT)] == [0, 0, 0]
     (_, few), (_, all_) = decoded(probe(slow_file)), decoded(probe(fast_file))
@@ -801,7 +801,7 @@ def test_player_that_is_stopped_goes_on_with_whole_pictures(tmp_path: Path) -> N
 
 
 def last_time(file: Path) -> str:
-    """The time of the last picture."""
+    """Return the time of the last picture."""
     shown = ["-select_streams", "v", "-show_entries", "packet=pts_time", "-of", "csv"]
     command = ["ffprobe", "-v", "error", *shown, str(file)]
     return subprocess.check_output(command, text=True, timeout=LIMIT).split()[-1]
@@ -809,7 +809,7 @@ def last_time(file: Path) -> str:
 
 @needs_ffmpeg
 def test_second_publisher_is_refused_until_the_first_has_left(clip: Path) -> None:
-    """Real publishers understand BadName; and the name is free as soon as its publisher is gone, however it went."""
+    """Real publishers understand BadName; the name is free as soon as its publisher has gone, even if it was killed."""
     with running() as relay:
         with publishing(relay, clip) as first:
             again = ["ffmpeg", "-v", "error", "-nostdin", "-i", str(clip), "-c", "copy", "-f", "flv"]
@@ -817,20 +817,20 @@ def test_second_publisher_is_refused_until_the_first_has_left(clip: Path) -> Non
                 [*again, f"{relay.address}/live/camera"], capture_output=True, text=True, timeout=LIMIT, check=False
             )
             assert second.returncode != 0
-            assert "somebody publishes under this name" in second.stderr
+            assert "this name is in use" in second.stderr
             player = probe(f"{relay.address}/live/camera")
             relay.wait_for("plays 'live/camera'")
             first.kill()
             decoded(player)
-            relay.wait_for("publishes no more")
+            relay.wait_for("has stopped publishing")
         with publishing(relay, clip):
             pass
 
 
 @needs_ffmpeg
 @needs_rtmpdump
-def test_stop_ends_players_and_publishers_in_order(clip: Path, tmp_path: Path) -> None:
-    """On SIGTERM, players are told that their stream has ended, and the relay returns."""
+def test_stop_ends_players_and_publishers_properly(clip: Path, tmp_path: Path) -> None:
+    """On SIGTERM, players are notified that their stream has ended, and the relay exits."""
     file = tmp_path / "video.flv"
     with running() as relay, publishing(relay, clip):
         rtmpdump = ["rtmpdump", "-q", "-r", f"{relay.address}/live/camera", "-o", str(file)]
@@ -845,8 +845,8 @@ def test_stop_ends_players_and_publishers_in_order(clip: Path, tmp_path: Path) -
 
 
 @needs_ffmpeg
-def test_timestamps_go_on_past_the_short_ones(clip: Path) -> None:
-    """After four hours and a half, timestamps need a longer header (section 5.3.1.3); nothing jumps there."""
+def test_timestamps_go_on_past_24_bits(clip: Path) -> None:
+    """After four hours and a half, timestamps need a longer header (section 5.3.1.3), and no picture is lost."""
     with running() as relay, publishing(relay, clip, "-t", "2", offset=16776.2) as publisher:
         player = probe(f"{relay.address}/live/camera")
         relay.wait_for("plays 'live/camera'")
