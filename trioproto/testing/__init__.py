@@ -1,8 +1,9 @@
 r"""For tests of servers and protocols, your own among them: a network in memory, and fakes of single streams.
 
 `converse` and `fragmentations` test a handler against every way in which a request can arrive. A whole server runs on
-a `Network`, in no real time: ``autojump_clock`` is a fixture of pytest-trio that skips all waits. This tests that the
-README's server, in its stop, still answers a request that has begun, though the rest of it is late::
+a `Network`, in no real time: ``autojump_clock`` is a fixture of pytest-trio (with ``trio_mode = true`` in pytest's
+settings) that skips all waits. This tests that the README's server, in its stop, still answers a request that has
+begun, though the rest of it is late::
 
     async def test_stop(autojump_clock):
         network = Network(seed=1, latency=0.2)
