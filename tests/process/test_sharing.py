@@ -9,7 +9,7 @@ import pytest
 import trio
 from processes import Server, paused, serving
 
-from trioproto.process.scoreboard import new_scoreboard, others_have_fewer
+from trioproto.process.scoreboard import MOST_IN_VAIN, give_way_to_others, new_scoreboard
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts the sockets that /proc shows")
 
@@ -66,17 +66,52 @@ async def test_worker_that_does_not_take_its_share() -> None:
                 await server.answers(await clients.enter_async_context(await server.connect()))
 
 
+async def test_worker_that_takes_none_for_long() -> None:
+    """Those who serve are not slowed down by it: they soon wait for it no more."""
+    async with workers_serving(2) as (server, [stopped, _other], _), contextlib.AsyncExitStack() as clients:
+        with paused(stopped):
+            for _ in range(5):
+                await server.answers(await clients.enter_async_context(await server.connect()))
+            with trio.fail_after(6):  # waiting for it 4 ms each time would take longer
+                for _ in range(1500):
+                    await server.answers_anew()
+
+
 def test_others_that_have_fewer() -> None:
     """Only workers that serve count; a sixteenth more is as many."""
     with new_scoreboard(3) as scoreboard:
+        others_have_fewer = give_way_to_others(scoreboard, 1)
         scoreboard.beats[1] = 1
-        assert not others_have_fewer(scoreboard, 1, 5)
+        assert not others_have_fewer(5)
         assert scoreboard.active.tolist() == [0, 5, 0]
         scoreboard.beats[0] = 1
         scoreboard.active[0] = 4
-        assert others_have_fewer(scoreboard, 1, 5)
+        assert others_have_fewer(5)
         scoreboard.active[0] = 5
-        assert not others_have_fewer(scoreboard, 1, 5)
+        assert not others_have_fewer(5)
         scoreboard.active[0] = 160
-        assert not others_have_fewer(scoreboard, 1, 170)
-        assert others_have_fewer(scoreboard, 1, 171)
+        assert not others_have_fewer(170)
+        assert others_have_fewer(171)
+
+
+@pytest.mark.parametrize("news", ["beats", "active"])
+def test_others_that_take_none(news: str) -> None:
+    """Who takes no connection is given way so many times, and again when there is something new of it."""
+    with new_scoreboard(3) as scoreboard:
+        others_have_fewer = give_way_to_others(scoreboard, 1)
+        for row in range(3):
+            scoreboard.beats[row] = 1
+        for _ in range(2):
+            for _ in range(2 * MOST_IN_VAIN):  # there are two
+                assert others_have_fewer(5)
+            assert not others_have_fewer(5)
+            getattr(scoreboard, news)[0] += 1
+            for _ in range(MOST_IN_VAIN):
+                assert others_have_fewer(5)
+            assert not others_have_fewer(5)
+            getattr(scoreboard, news)[2] += 1
+            for _ in range(MOST_IN_VAIN):
+                assert others_have_fewer(5)
+            assert not others_have_fewer(5)
+            scoreboard.beats[0] += 1
+            scoreboard.beats[2] += 1

@@ -19,6 +19,10 @@ from trioproto.server import DURATIONS, ServerStats
 # The environment variable by which a supervisor tells its worker of the scoreboard's descriptor, and which row is its.
 VARIABLE = "TRIOPROTO_SCOREBOARD"
 
+# How often a worker that takes no connection is asked about. With the pauses of `trioproto.server.GIVE_WAY_PAUSES` in
+# between, that takes about 40 ms, for which one that serves may well have to wait for a core.
+MOST_IN_VAIN = 200
+
 _NUMBER = 8  # bytes; numbers of this size are written and read as a whole
 
 
@@ -132,12 +136,27 @@ def own_row() -> tuple[Scoreboard, int] | None:
         os.close(fd)
 
 
-def others_have_fewer(scoreboard: Scoreboard, row: int, active: int) -> bool:
-    """Return whether another worker that serves has fewer connections than this one, and note how many it has.
+def give_way_to_others(scoreboard: Scoreboard, row: int) -> Callable[[int], bool]:
+    """Return a function that tells whether another worker that serves has fewer connections than this one.
 
-    A sixteenth more is as many, so that with thousands of connections few are waited for.
+    It is called with how many this one has, and notes that. A sixteenth more is as many, so that with thousands of
+    connections few are waited for. Who takes none, however often it is given way, because it hangs or is short of
+    descriptors, is not waited for any more, until there is something new of it: connections taken or ended, or another
+    sign of life, in case it was just busy.
     """
-    scoreboard.active[row] = active
-    others = [scoreboard.active[other] for other, beats in enumerate(scoreboard.beats) if beats and other != row]
-    fewest = min(others, default=active)
-    return active > fewest + fewest // 16
+    known = [(0, 0)] * len(scoreboard.beats)
+    in_vain = [0] * len(scoreboard.beats)
+
+    def others_have_fewer(active: int) -> bool:
+        scoreboard.active[row] = active
+        for other, news in enumerate(zip(scoreboard.beats, scoreboard.active, strict=True)):
+            if news != known[other]:
+                known[other] = news
+                in_vain[other] = 0
+            beats, fewer = news
+            if other != row and beats and active > fewer + fewer // 16 and in_vain[other] < MOST_IN_VAIN:
+                in_vain[other] += 1
+                return True
+        return False
+
+    return others_have_fewer

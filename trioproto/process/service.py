@@ -33,7 +33,7 @@ from trioproto.process.heartbeat import add_heartbeat
 from trioproto.process.listeners import close_listeners, ending_fds, metrics_listeners, open_listeners
 from trioproto.process.notices import notice_interval, notify, notify_alive
 from trioproto.process.proxy_protocol import Network, behind_proxies, trusted_network
-from trioproto.process.scoreboard import Scoreboard, new_scoreboard, others_have_fewer, own_row
+from trioproto.process.scoreboard import Scoreboard, give_way_to_others, new_scoreboard, own_row
 from trioproto.server import OnTick, ServerStats, check_handler, check_settings, serve_listeners
 from trioproto.tls import TLSStream
 
@@ -179,7 +179,7 @@ async def serve_until_signal(
             max_connections_per_client=max_connections_per_client,
             shutdown=shutdown,
             grace_period=grace_period,
-            give_way=None if inherited is None else functools.partial(others_have_fewer, *inherited),
+            give_way=None if inherited is None else give_way_to_others(*inherited),
         )
         if inherited is None and metrics is None:
             return await serve_it()
