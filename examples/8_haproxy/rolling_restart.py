@@ -1,24 +1,25 @@
-"""Restarts all servers behind an HAProxy, one after the other, while clients ask all the time. No request fails.
+"""Restart all servers behind HAProxy, one after the other, under load. No request fails.
 
-Starts three op servers in processes of their own, an HAProxy in front of them (haproxy.cfg, beside this file), and
-clients. For each server it then does what an operator, or a deployment script, would do with a machine:
+This starts three op servers as processes, HAProxy in front of them (haproxy.cfg, beside this file), and clients. Then
+it does with each server what an operator or a deployment script would do:
 
-1. drain: tell HAProxy to give the server no new connections, and wait until those that it has are over;
-2. stop it (SIGTERM) and start it again on its port, in real life with new code;
-3. tell HAProxy to use it again, and wait until its health check, a real op request, has succeeded.
+1. drain: HAProxy gives the server no new connections; wait until its existing ones have ended;
+2. stop it (SIGTERM) and start it again on its port, in practice with new code;
+3. let HAProxy use it again, and wait until its health check, a real op request, has succeeded.
 
 Run it (HAProxy must be installed)::
 
     python examples/8_haproxy/rolling_restart.py
 
-Look for the number of requests that failed. Then see what each part is good for::
+Note the number of requests that failed. Then try it without draining::
 
     python examples/8_haproxy/rolling_restart.py --without-drain
     python examples/8_haproxy/rolling_restart.py --without-drain --requests 1
 
-Without step 1, a client that is between two requests when its server stops finds its connection ended: the server
-cannot know that it was to ask again. A client that asks once on each connection, as the article's does, loses nothing
-even so: the server answers all whom it has accepted, and HAProxy takes to another server whom it does not accept.
+Without step 1, a client that is between two requests when its server stops finds its connection closed: the server
+cannot know that another request was to come. A client that sends one request on each connection, like the article's,
+loses nothing even then: the server answers all connections that it has accepted, and HAProxy passes the others to
+another server.
 """
 
 import argparse
@@ -44,22 +45,22 @@ from trioproto import op_request
 SERVERS = ["op1", "op2", "op3"]
 CLIENTS = 8
 PAUSE = 0.05  # seconds between a client's requests
-PATIENCE = 5.0  # seconds that a client waits for a conversation's end
-DRAIN_SECONDS = 10.0  # connections that are still there then are ended by the server's stop
+PATIENCE = 5.0  # seconds that a client waits for all its requests on one connection
+DRAIN_SECONDS = 10.0  # the server's stop ends the connections that are still open then
 HEALTHY = {"status": "UP", "check_status": "L7OK"}
 CONFIGURATION = Path(__file__).with_name("haproxy.cfg")
 
 
 @attrs.define
 class Load:
-    """What clients have seen so far: the seconds that each answer took, and why conversations failed."""
+    """What clients have seen so far: the seconds that each answer took, and why connections failed."""
 
     took: list[float] = attrs.Factory(list)
     failures: list[str] = attrs.Factory(list)
 
 
-async def ask_all_the_time(port: int, requests: int, load: Load) -> None:
-    """Connect, ask so many times, end the connection, and again. A client that never tries anything twice."""
+async def ask_continuously(port: int, requests: int, load: Load) -> None:
+    """Connect, send ``requests`` requests, close the connection, and again. Failed requests are not retried."""
     for number in itertools.count():
         try:
             with trio.fail_after(PATIENCE):
@@ -77,37 +78,37 @@ async def ask_all_the_time(port: int, requests: int, load: Load) -> None:
 
 
 class HAProxy:
-    """A running HAProxy, as its admin socket shows it (HAProxy's management guide, section 9.3)."""
+    """A running HAProxy, through its admin socket (HAProxy's management guide, section 9.3)."""
 
     def __init__(self, admin_socket: str) -> None:
         self._admin_socket = admin_socket
 
-    async def tell(self, command: str) -> str:
-        """Give a command, and return the answer to it."""
+    async def command(self, command: str) -> str:
+        """Send a command, and return the answer."""
         async with await trio.open_unix_socket(self._admin_socket) as stream:
             await stream.send_all(f"{command}\n".encode())
             return b"".join([bytes(data) async for data in stream]).decode()
 
     async def servers(self) -> dict[str, dict[str, str]]:
-        """Return what HAProxy knows of each server: status, current and total sessions, last check, and more."""
-        table = (await self.tell("show stat")).removeprefix("# ")
+        """Return HAProxy's statistics of each server: status, current and total sessions, last check, and more."""
+        table = (await self.command("show stat")).removeprefix("# ")
         return {row["svname"]: row for row in csv.DictReader(table.splitlines()) if row["svname"] in SERVERS}
 
     async def wait_until(self, name: str, **columns: str) -> None:
         """Wait until a server's columns have these values."""
         while True:
             server = (await self.servers())[name]
-            # An asterisk says that the next check is under way.
+            # An asterisk means that the next check is under way.
             if all(server[column].removeprefix("* ") == value for column, value in columns.items()):
                 return
             await trio.sleep(0.05)
 
 
 def reserve_port() -> socket.socket:
-    """Bind a socket to a port that is free, and do not listen on it.
+    """Bind a socket to a free port, without listening on it.
 
-    While it is bound, the kernel gives the port to nobody who asks for just any, not even when its server is down for a
-    moment. Who asks for it by number may listen on it.
+    While it is bound, the kernel assigns this port to no other socket that binds to port 0, even while the server
+    restarts. A server that binds to it by number may listen on it.
     """
     reserved = socket.socket()
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -116,23 +117,23 @@ def reserve_port() -> socket.socket:
 
 
 async def start_server(nursery: trio.Nursery, port: int) -> trio.Process:
-    """Start an op server in a process of its own, and return when it listens."""
+    """Start an op server as a process, and return when it listens."""
     command = [sys.executable, "-m", "trioproto", "op", "--port", str(port), "--proxy-protocol", "127.0.0.1"]
     run = functools.partial(trio.run_process, command, stdout=subprocess.PIPE, capture_stderr=True)
     process: trio.Process = await nursery.start(run)
-    if process.stdout is not None:  # it is a pipe
+    if process.stdout is not None:  # for the type checker
         await process.stdout.receive_some()  # "... listening on ..."
     return process
 
 
 async def start_haproxy(nursery: trio.Nursery, environment: dict[str, str]) -> HAProxy:
-    """Start HAProxy with these addresses, and return when it takes commands."""
+    """Start HAProxy with these addresses, and return when it accepts commands."""
     command = ["haproxy", "-db", "-f", str(CONFIGURATION)]
     nursery.start_soon(functools.partial(trio.run_process, command, env=os.environ | environment, capture_stderr=True))
     haproxy = HAProxy(environment["OP_ADMIN"])
     while True:
         try:
-            await haproxy.tell("show info")
+            await haproxy.command("show info")
         except OSError:
             await trio.sleep(0.05)
         else:
@@ -142,10 +143,10 @@ async def start_haproxy(nursery: trio.Nursery, environment: dict[str, str]) -> H
 async def restart(
     nursery: trio.Nursery, haproxy: HAProxy, name: str, process: trio.Process, port: int, *, drain: bool
 ) -> None:
-    """Restart one server, and print how many seconds each step took."""
+    """Restart one server, and print the seconds that each step took."""
     began = trio.current_time()
     if drain:
-        await haproxy.tell(f"set server op/{name} state drain")
+        await haproxy.command(f"set server op/{name} state drain")
         with trio.move_on_after(DRAIN_SECONDS):
             await haproxy.wait_until(name, scur="0")
     drained = trio.current_time()
@@ -155,7 +156,7 @@ async def restart(
     await start_server(nursery, port)
     started = trio.current_time()
     if drain:
-        await haproxy.tell(f"set server op/{name} state ready")
+        await haproxy.command(f"set server op/{name} state ready")
     await haproxy.wait_until(name, **HEALTHY)
     in_use = trio.current_time()
     times = [drained - began, stopped - drained, started - stopped, in_use - started]
@@ -163,12 +164,12 @@ async def restart(
 
 
 async def rolling_restart(requests: int, *, drain: bool) -> Load:
-    """Run servers, HAProxy and clients, restart each server, and return what the clients have seen."""
+    """Run servers, HAProxy and clients, restart each server, and return what the clients saw."""
     load = Load()
     with contextlib.ExitStack() as reserved:
         directory = reserved.enter_context(tempfile.TemporaryDirectory())
         ports = {
-            name: reserved.enter_context(reserve_port()).getsockname()[1]  # held until all is over
+            name: reserved.enter_context(reserve_port()).getsockname()[1]  # held until the end
             for name in ["op_frontend", *SERVERS]
         }
         environment = {name.upper(): f"127.0.0.1:{port}" for name, port in ports.items()}
@@ -180,12 +181,12 @@ async def rolling_restart(requests: int, *, drain: bool) -> Load:
             for name in SERVERS:
                 await haproxy.wait_until(name, **HEALTHY)
             print(f"HAProxy on {environment['OP_FRONTEND']}, and three op servers behind it.")
-            print(f"{CLIENTS} clients ask all the time: {requests} on each connection.\n")
+            print(f"{CLIENTS} clients, {requests} requests on each connection.\n")
             print("  seconds   drain     stop    start   in use  exit status")
             async with trio.open_nursery() as clients:
                 for _ in range(CLIENTS):
-                    clients.start_soon(ask_all_the_time, ports["op_frontend"], requests, load)
-                    await trio.sleep(PAUSE)  # so that they do not all change connections at once
+                    clients.start_soon(ask_continuously, ports["op_frontend"], requests, load)
+                    await trio.sleep(PAUSE)  # so that they do not all reconnect at once
                 for name, process in processes.items():
                     await restart(nursery, haproxy, name, process, ports[name], drain=drain)
                 await trio.sleep(0.5)
@@ -202,9 +203,9 @@ async def rolling_restart(requests: int, *, drain: bool) -> Load:
 
 
 def main() -> None:
-    """Take the arguments, and end with status 1 if a request failed."""
+    """Run the restarts, and exit with status 1 if a request failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--without-drain", action="store_true", help="leave out step 1")
+    parser.add_argument("--without-drain", action="store_true", help="skip step 1")
     parser.add_argument(
         "--requests", type=int, default=10, metavar="N", help="on each connection (default: %(default)s)"
     )

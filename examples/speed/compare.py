@@ -1,18 +1,18 @@
-"""Speed: trioproto beside the same servers on other libraries, under the same load, in turn.
+"""Speed: compare trioproto with the same servers on other libraries, under the same load.
 
-Each round starts every server anew, one at a time, and puts the load of ``load.c`` on it, which checks every byte of
-the replies. A round gives the ratio of trioproto's rate to each peer's; the result is the median over the rounds. Rates
-differ between machines, and from one minute to the next on the same machine; ratios of neighbours in time much less.
+Each round starts every server anew, one at a time, and loads it with ``load.c``, which checks every byte of the
+replies. A round gives the ratio of trioproto's rate to each peer's; the result is the median over the rounds. Rates
+differ between machines, and over time on the same machine; ratios of rates measured in succession differ much less.
 
-Run it on a quiet machine with Linux, a C compiler and OpenSSL's headers (Debian: ``gcc libssl-dev openssl``); it takes
+Run it on an otherwise idle Linux machine with a C compiler and OpenSSL (Debian: ``gcc libssl-dev openssl``); it takes
 about ten minutes. In a clone of trioproto::
 
     pip install '.[speed]'
     python examples/speed/compare.py [--write DIRECTORY]
 
-Look for the ratios: 2 means that trioproto answers twice as much as that peer, 0.5 half as much. In the chart, look for
-the thin lines, too: they go from the smallest ratio of a round to the greatest. Where they are long, the machine was
-not quiet. README.md beside this says what each workload means.
+A ratio of 2 means that trioproto answers twice as many requests as that peer, 0.5 half as many. The thin lines in the
+chart span the smallest and the greatest ratio of a round: where they are long, the machine was not idle. README.md in
+this directory describes the workloads.
 """
 
 import argparse
@@ -43,20 +43,20 @@ from trioproto.cli.arguments import count, seconds
 
 HERE = Path(__file__).parent
 PEERS = ["trio", "asyncio-streams", "asyncio-protocol", "uvloop-streams", "uvloop-protocol"]
-LOG_LINES = 10  # of a server's log, shown when it fails
-BUSY = 0.95  # from this share of the time on, it may be the load generator that limits the rate
+LOG_LINES = 10  # of a failed server's log
+BUSY = 0.95  # share of the time above which the load generator may limit the rate
 
 
 @attrs.frozen
 class Workload:
-    """What the load generator does: its arguments, and their meaning in words.
+    """What the load generator does: its arguments, and a description.
 
     Attributes:
-        title: the words.
+        title: the description.
         kind: ``"echo"``, ``"op"``, ``"pipe"`` or ``"bulk"``; see ``load.c``.
-        connections: how many are open at once.
+        connections: how many are open at the same time.
         size: bytes in a message, or operands in a request.
-        tls: whether it goes over TLS.
+        tls: whether it uses TLS.
     """
 
     title: str
@@ -67,11 +67,11 @@ class Workload:
 
     @property
     def protocol(self) -> str:
-        """Which server it is for."""
+        """The protocol of the server."""
         return "op" if self.kind in ("op", "pipe") else "echo"
 
     def format_rate(self, rate: float) -> str:
-        """Write replies per second; for bulk, as megabytes each way."""
+        """Format replies per second; for bulk, as megabytes per second in each direction."""
         return f"{rate * self.size / 1e6:,.0f} MB/s" if self.kind == "bulk" else f"{rate:,.0f}/s"
 
 
@@ -90,7 +90,7 @@ WORKLOADS = {
 
 @attrs.frozen
 class Run:
-    """What the load generator found: the fields of its JSON, which ``load.c`` explains."""
+    """The load generator's JSON; ``load.c`` explains the fields."""
 
     rate: float
     p50: float | None = None
@@ -102,7 +102,7 @@ class Run:
 
 @attrs.frozen
 class Result:
-    """One workload's runs: for each server, one in each round."""
+    """The runs of one workload: for each server, one run per round."""
 
     workload: Workload
     runs: dict[str, list[Run]]
@@ -123,12 +123,12 @@ class Result:
 
 
 class ComparisonError(Exception):
-    """What makes a comparison impossible, or void."""
+    """Raised when a comparison is impossible or invalid."""
 
 
 @contextlib.contextmanager
 def on_core(core: int) -> Iterator[None]:
-    """Pin what the block starts to one core: children inherit what we may run on."""
+    """Pin processes that the block starts to one core: they inherit this process's affinity."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})
     try:
@@ -141,7 +141,7 @@ def compile_load(compiler: str, directory: Path, *, tls: bool) -> Path:
     """Compile the load generator into ``directory``, for plain TCP or for TLS.
 
     Raises:
-        ComparisonError: if that fails. The compiler has said why.
+        ComparisonError: if that fails. The compiler has printed why.
     """
     load = directory / ("load-tls" if tls else "load")
     options = ["-DTLS", "-lssl", "-lcrypto"] if tls else []
@@ -153,15 +153,15 @@ def compile_load(compiler: str, directory: Path, *, tls: bool) -> Path:
 
 
 def make_certificate(directory: Path) -> tuple[str, str]:
-    """Make a certificate for the servers, and return its file and its key's.
+    """Make a certificate for the servers, and return the paths of certificate and key.
 
-    It has an RSA key: with an elliptic curve's, a handshake would cost OpenSSL 3.0's client more than the server, and
-    the load generator would be what limits the rate.
+    It has an RSA key: with an elliptic-curve key, a handshake costs OpenSSL 3.0's client more than its server, and the
+    load generator would limit the rate.
     """
     certificate, key = str(directory / "certificate.pem"), str(directory / "key.pem")
     options = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
     subprocess.run(
-        ["openssl", "req", *options, "-keyout", key, "-out", certificate],  # noqa: S607 - wherever it is
+        ["openssl", "req", *options, "-keyout", key, "-out", certificate],  # noqa: S607 - from the PATH
         check=True,
         capture_output=True,
     )
@@ -169,9 +169,9 @@ def make_certificate(directory: Path) -> tuple[str, str]:
 
 
 def server_command(server: str, protocol: str, certificate: tuple[str, str] | None) -> list[str]:
-    """Return the command that starts a server, over TLS if there is a certificate.
+    """Return the command that starts a server, with TLS if there is a certificate.
 
-    trioproto is started as its users start it, with its limits and time-outs.
+    trioproto is started as users start it, with its limits and time-outs.
     """
     if server != "trioproto":
         return [sys.executable, str(HERE / "peers.py"), server, protocol, "127.0.0.1", *(certificate or ())]
@@ -180,28 +180,28 @@ def server_command(server: str, protocol: str, certificate: tuple[str, str] | No
 
 
 def greet(host: str, port: int) -> None:
-    """Connect once and leave, as a health check does.
+    """Open and close one connection, as a health check does.
 
-    A server that nobody has ever left would not be at its full rate, if it is asyncio's: for each receive, glibc maps
-    and unmaps the 256 KiB that asyncio's transports receive into, until one such buffer has been given back whole, as
-    at the end of a stream (mallopt(3), M_MMAP_THRESHOLD). That takes more than half of the rate.
+    Until a first connection has ended, asyncio does not reach its full rate: for each receive, glibc maps and unmaps
+    the 256 KiB that asyncio's transports receive into, until one such buffer has been freed at its full size, as at end
+    of stream (mallopt(3), M_MMAP_THRESHOLD). That takes more than half of the rate.
     """
-    with contextlib.suppress(OSError):  # the load generator will say what is wrong
+    with contextlib.suppress(OSError):  # the load generator reports the error
         socket.create_connection((host, port)).close()
 
 
 def measure(command: Sequence[str], workload: Workload, time: float, *, load: Path, cores: tuple[int, int]) -> Run:
-    """Start a server, put the load on it, and kill it.
+    """Start a server, load it, and kill it.
 
     Args:
         command: starts the server, which prints a line that ends with its HOST:PORT.
-        workload: what to do.
+        workload: the workload.
         time: seconds.
         load: the load generator.
-        cores: the server's and the load generator's.
+        cores: the core of the server, and that of the load generator.
 
     Raises:
-        ComparisonError: if the server does not start, or gives a wrong reply, or none.
+        ComparisonError: if the server does not start, sends a wrong reply, or sends none.
     """
     with tempfile.TemporaryFile("w+") as log:
         with on_core(cores[0]):
@@ -238,13 +238,13 @@ def compare(
     """Run one workload against trioproto and each of ``peers`` in turn, ``rounds`` times.
 
     Args:
-        workload: what to do.
+        workload: the workload.
         peers: the other servers.
-        rounds: how often.
+        rounds: how many times each server is measured.
         time: seconds for each server in each round.
-        load: the load generator: that for TLS if the workload has it.
-        certificate: the servers', for TLS; None without.
-        cores: the server's and the load generator's.
+        load: the load generator, with TLS if the workload uses it.
+        certificate: the certificate and key of the servers; None without TLS.
+        cores: the core of the server, and that of the load generator.
     """
     result = Result(workload, {server: [] for server in ["trioproto", *peers]})
     for number in range(1, rounds + 1):
@@ -254,12 +254,12 @@ def compare(
             run = measure(command, workload, time, load=load, cores=cores)
             runs.append(run)
             if run.failures:
-                print(f"{server}: connections that failed: {run.failures} ({run.reason})", file=sys.stderr)
+                print(f"{server}: failed connections: {run.failures} ({run.reason})", file=sys.stderr)
     return result
 
 
 def cpu_model() -> str:
-    """Return the processor's name, as far as the kernel knows it."""
+    """Return the processor's name, or its architecture if the kernel does not know the name."""
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -267,46 +267,46 @@ def cpu_model() -> str:
 
 
 def congestion_control() -> str:
-    """Return the name of the kernel's algorithm (tcp(7)): one that paces makes bulk slower, even on loopback."""
+    """Return the kernel's congestion control (tcp(7)): one with pacing slows down bulk, even on loopback."""
     return Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text(encoding="utf-8").strip()
 
 
 def describe(results: Sequence[Result], rounds: int, time: float, cores: tuple[int, int]) -> list[str]:
-    """Return lines that say under which conditions the results came about, and what went wrong."""
+    """Return notes on the conditions of the measurement, and on what went wrong."""
     versions = [f"Python {platform.python_version()}", f"trioproto {trioproto.__version__}", f"trio {trio.__version__}"]
     if any(server.startswith("uvloop") for server in results[0].runs):
         versions.append(f"uvloop {importlib.metadata.version('uvloop')}")
-    where = "server and load on the same core" if cores[0] == cores[1] else "server and load on a core each"
+    where = "server and load on the same core" if cores[0] == cores[1] else "server and load on separate cores"
     lines = [
-        f"The median over the rounds: {rounds}, of {time:g} s each.",
-        "Above 1, trioproto answers more than the peer; below 1 (bold, or orange), the peer answers more.",
-        "p50 / p99: half of the replies, and 99 % of them, came within so many µs, from a server that is fully loaded.",
+        f"Medians over the rounds: {rounds}, of {time:g} s each.",
+        "Above 1, trioproto is faster than the peer; below 1 (bold, or orange), the peer is faster.",
+        "p50 / p99: half of the replies, and 99 % of them, arrived within this time, with the server fully loaded.",
         ", ".join(versions) + ".",
         f"{platform.system()} {platform.release()}, {cpu_model()}, {where}; congestion control {congestion_control()}.",
     ]
     if any(result.workload.tls for result in results):
-        lines.insert(-1, f"TLS 1.3 with {ssl.OPENSSL_VERSION}, an RSA-2048 certificate, and no resumption of sessions.")
+        lines.insert(-1, f"TLS 1.3 with {ssl.OPENSSL_VERSION}, an RSA-2048 certificate, and no session resumption.")
     for result in results:
         for server, runs in result.runs.items():
             if statistics.median(run.busy for run in runs) > BUSY:
-                lines.append(f"In “{result.workload.title}”, {server} may do more: the load generator was the limit.")
+                lines.append(f"In “{result.workload.title}”, {server} may be faster: the load generator was the limit.")
             if failures := sum(run.failures for run in runs):
-                lines.append(f"Connections to {server} that failed in “{result.workload.title}”: {failures}.")
+                lines.append(f"Failed connections to {server} in “{result.workload.title}”: {failures}.")
     return lines
 
 
 def format_latencies(latencies: tuple[float, float] | None) -> str:
-    """Write a median and a 99th percentile, in microseconds."""
+    """Format a median and a 99th percentile, in microseconds."""
     return "" if latencies is None else f"{latencies[0]:,.0f} / {latencies[1]:,.0f}"
 
 
 def format_ratio(ratio: float) -> str:
-    """Write a ratio, in Markdown's bold where the peer is the faster one."""
+    """Format a ratio, in bold Markdown if the peer is faster."""
     return f"{ratio:.2f}" if ratio >= 1 else f"**{ratio:.2f}**"
 
 
 def table(results: Sequence[Result], notes: Sequence[str]) -> str:
-    """Return the ratios and the latencies as a table in Markdown: two rows for each workload."""
+    """Return ratios and latencies as a Markdown table, with two rows for each workload."""
     servers = list(results[0].runs)
     peers = servers[1:]
     rows = [
@@ -355,7 +355,7 @@ STYLE = """
 """
 
 
-# Where things are in the chart, in pixels.
+# Positions in the chart, in pixels.
 WIDTH, TOP, ROW = 900, 96, 18
 RATIOS_LEFT, RATIOS_RIGHT, RATIO_END = 140, 440, 490
 LATENCIES_LEFT, LATENCIES_RIGHT, LATENCY_END = 530, 740, WIDTH - 20
@@ -373,17 +373,17 @@ class Axis:
 
     @classmethod
     def around(cls, values: Sequence[float], base: int, left: float, right: float) -> "Axis":
-        """Return the shortest one that holds ``values``."""
+        """Return the shortest axis that contains ``values``."""
         lowest, highest = math.floor(math.log(min(values), base)), math.ceil(math.log(max(values), base))
         return cls(base, lowest, max(highest, lowest + 1), left, right)
 
     def x_of(self, value: float) -> float:
-        """Return where a value is."""
+        """Return the position of a value."""
         share = (math.log(value, self.base) - self.lowest) / (self.highest - self.lowest)
         return self.left + (self.right - self.left) * share
 
     def ticks(self) -> list[tuple[float, float]]:
-        """Return the powers of the base, and where each is."""
+        """Return the powers of the base, with their positions."""
         powers = [float(self.base) ** power for power in range(self.lowest, self.highest + 1)]
         return [(power, self.x_of(power)) for power in powers]
 
@@ -399,7 +399,7 @@ def draw_line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
 
 
 def draw_ratios(axis: Axis, ratios: Sequence[float], y: float) -> list[str]:
-    """Draw a bar from 1 to the median, and a thin line from the smallest to the greatest."""
+    """Draw a bar from 1 to the median, and a thin line from the smallest ratio to the greatest."""
     ratio = statistics.median(ratios)
     start, end = sorted([axis.x_of(1), axis.x_of(ratio)])
     kind = "more" if ratio >= 1 else "less"
@@ -411,7 +411,7 @@ def draw_ratios(axis: Axis, ratios: Sequence[float], y: float) -> list[str]:
 
 
 def draw_latencies(axis: Axis, latencies: tuple[float, float], kind: str, y: float) -> list[str]:
-    """Draw a line from a dot at p50 to a stroke at p99."""
+    """Draw a line from p50 (a dot) to p99 (a tick)."""
     p50, p99 = (axis.x_of(latency) for latency in latencies)
     return [
         draw_line(kind, p50, y + 9, p99, y + 9),
@@ -422,7 +422,7 @@ def draw_latencies(axis: Axis, latencies: tuple[float, float], kind: str, y: flo
 
 
 def format_time(microseconds: float) -> str:
-    """Write a power of ten."""
+    """Format a time on the axis."""
     return f"{microseconds:g} µs" if microseconds < 1000 else f"{microseconds / 1000:g} ms"
 
 
@@ -449,7 +449,7 @@ def draw_result(result: Result, ratio_axis: Axis, latency_axis: Axis, y: float) 
 
 
 def chart(results: Sequence[Result], notes: Sequence[str]) -> str:
-    """Return the comparison as an SVG, readable on light and on dark pages: the rates' ratios beside the latencies."""
+    """Return the comparison as an SVG, for light and dark pages: ratios of rates beside latencies."""
     servers = list(results[0].runs)
     ratios = [ratio for result in results for peer in servers[1:] for ratio in result.ratios(peer)]
     latencies = [
@@ -468,12 +468,12 @@ def chart(results: Sequence[Result], notes: Sequence[str]) -> str:
     y += 24
     for note in [
         *notes,
-        "A thin line goes from the smallest ratio of a round to the greatest; a thick one from p50 to p99.",
+        "Thin lines span the smallest and the greatest ratio of a round; thick lines span p50 and p99.",
     ]:
         y += 17
         shapes.append(draw_text("note", 20, y, note))
     height = y + 20
-    title = "trioproto beside each peer"
+    title = "trioproto and its peers"
     size = f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
     shapes += [
         draw_text("title", WIDTH / 2, 32, title),
@@ -494,8 +494,8 @@ def chart(results: Sequence[Result], notes: Sequence[str]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Return the command line's options."""
-    parser = argparse.ArgumentParser(description="Compare trioproto's speed with that of other servers.")
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(description="Compare the speed of trioproto with other servers.")
     parser.add_argument(
         "--workloads",
         nargs="+",
@@ -507,14 +507,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--peers", nargs="+", choices=PEERS, default=PEERS, metavar="PEER", help=f"some of {', '.join(PEERS)}"
     )
-    parser.add_argument("--rounds", type=count, default=5, help="how often each server is measured (default 5)")
-    parser.add_argument("--seconds", type=seconds, default=1.0, help="how long each time (default 1)")
-    parser.add_argument("--write", type=Path, metavar="DIRECTORY", help="write comparison.md and comparison.svg there")
+    parser.add_argument("--rounds", type=count, default=5, help="measurements of each server (default 5)")
+    parser.add_argument("--seconds", type=seconds, default=1.0, help="duration of each measurement (default 1)")
+    parser.add_argument("--write", type=Path, metavar="DIRECTORY", help="write comparison.md and comparison.svg to it")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Compare, print the table, and write table and chart where that is asked for."""
+    """Compare, print the table, and write table and chart if requested."""
     args = parse_arguments()
     compiler = shutil.which("cc")
     if compiler is None:
@@ -524,7 +524,7 @@ def main() -> None:
     if args.write is not None:
         args.write.mkdir(parents=True, exist_ok=True)
     available = sorted(os.sched_getaffinity(0))
-    # The first and the last: neighbours in number may be the two threads of one core.
+    # The first and the last: adjacent numbers may be two threads of one core.
     cores = available[0], available[-1]
     workloads = [WORKLOADS[name] for name in args.workloads]
     with tempfile.TemporaryDirectory() as name:
@@ -556,5 +556,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.platform != "linux":
-        sys.exit("compare.py: the load generator waits with Linux's epoll: run it there")
+        sys.exit("compare.py: the load generator needs epoll: run it on Linux")
     main()

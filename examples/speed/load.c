@@ -1,23 +1,23 @@
-/* TCP load from one thread over epoll. Every byte that comes back is checked. With -DTLS, all of it goes over TLS 1.3.
+/* TCP load from one thread with epoll. Every received byte is checked. With -DTLS, it uses TLS 1.3.
  *
- *     load HOST PORT echo CONNECTIONS BYTES    SECONDS   send a message, receive it whole, again
- *     load HOST PORT op   CONNECTIONS OPERANDS SECONDS   connect, send a request, receive its reply, close, again
- *     load HOST PORT pipe CONNECTIONS OPERANDS SECONDS   send DEPTH requests in one write, receive the replies, again
- *     load HOST PORT bulk CONNECTIONS BYTES    SECONDS   send and receive as fast as both ways go, to an echo server
+ *     load HOST PORT echo CONNECTIONS BYTES    SECONDS   send a message, receive it, repeat
+ *     load HOST PORT op   CONNECTIONS OPERANDS SECONDS   connect, send a request, receive its reply, close, repeat
+ *     load HOST PORT pipe CONNECTIONS OPERANDS SECONDS   send DEPTH requests in one write, receive the replies, repeat
+ *     load HOST PORT bulk CONNECTIONS BYTES    SECONDS   send to an echo server and receive, as fast as possible
  *
  * HOST is one of this machine's loopback addresses, 127.x.x.x. Prints one line of JSON:
  *
- *     "rate"      replies per second, once the server is warm; in bulk, each BYTES are one reply
- *     "p50"       median of the microseconds from when a message begins to be sent, or in op its connection to be
- *                 opened, until all that is due for it is there; null in bulk, where nothing is waited for
- *     "p99"       their 99th percentile
- *     "busy"      for which share of the time this program computed; near 1, it is what limits the rate
- *     "failures"  how many connections broke before their reply was there
- *     "reason"    what broke the first of them
+ *     "rate"      replies per second, after the warm-up; in bulk, each BYTES count as one reply
+ *     "p50"       median latency in microseconds: from the start of sending a message, or in op of opening its
+ *                 connection, until its reply is complete; null in bulk
+ *     "p99"       99th percentile of the latency
+ *     "busy"      share of the time in which this program used the CPU; near 1, it limits the rate
+ *     "failures"  how many connections broke before their reply was complete
+ *     "reason"    why the first of them broke
  *
- * A wrong reply, or none at all, is a line on standard error and exit status 1.
+ * With a wrong reply, or none at all, it prints a line on standard error and exits with status 1.
  *
- * It is in C so that a server in Python cannot outrun it.
+ * It is in C so that it is faster than a server in Python.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -42,20 +42,20 @@
 #endif
 
 #define DEPTH 32     /* requests in flight on a connection, in pipe */
-#define BULK_TURN 16 /* sends, then receives, before the next connection has its turn, in bulk */
+#define BULK_TURN 16 /* sends, then receives, before the next connection's turn, in bulk */
 #define BUFFER_SIZE (256 * 1024)
 #define MAX_EVENTS 256
 #define WARM_UP 0.3 /* seconds */
 #define ADDRESSES 200
-#define LONGEST 1000000 /* microseconds that a latency is counted with */
+#define LONGEST 1000000 /* microseconds; longer latencies count as this */
 
 struct connection {
     int fd;
 #ifdef TLS
     SSL *tls;
 #endif
-    double began; /* when the message began to be sent, or in op its connection to be opened */
-    /* Bytes of the message and of what has to come back for it; in bulk, bytes since the connection was opened. */
+    double began; /* start of sending the message, or in op of opening the connection */
+    /* Bytes of the message and of its reply; in bulk, bytes since the connection was opened. */
     uint64_t sent, received;
 };
 
@@ -63,15 +63,15 @@ static enum { ECHO, OP, PIPE, BULK } kind;
 static struct sockaddr_in server;
 static int poller;
 
-/* What is sent, and what has to come back for it. */
+/* What is sent, and the expected reply. */
 static char *message, *expected;
 static size_t message_size, expected_size;
-static size_t period; /* in bulk: after so many bytes the stream begins again */
+static size_t period; /* in bulk: the stream repeats after this many bytes */
 
 static uint64_t bytes_received, failures;
-static int first_failure; /* an errno; 0 for the end of the stream */
-static bool warm;     /* the server is: from now on it is measured */
-static uint64_t latencies[LONGEST + 1]; /* how many took so many microseconds; the last, that many or more */
+static int first_failure; /* an errno; 0 for end of stream */
+static bool warm;     /* the warm-up is over: measure from now on */
+static uint64_t latencies[LONGEST + 1]; /* count per microsecond; the last, LONGEST or more */
 
 static void die(const char *why)
 {
@@ -107,7 +107,7 @@ static void prepare(void)
     if (tls_settings == NULL)
         die("SSL_CTX_new failed");
     SSL_CTX_set_min_proto_version(tls_settings, TLS1_3_VERSION);
-    SSL_CTX_set_session_cache_mode(tls_settings, SSL_SESS_CACHE_OFF); /* each handshake is a whole one */
+    SSL_CTX_set_session_cache_mode(tls_settings, SSL_SESS_CACHE_OFF); /* no resumption */
     SSL_CTX_set_mode(tls_settings, SSL_MODE_ENABLE_PARTIAL_WRITE);
 }
 
@@ -121,25 +121,25 @@ static void begin(struct connection *c)
 
 static void end(struct connection *c)
 {
-    SSL_shutdown(c->tls); /* says that this is the end; nobody waits for the server to say the same */
+    SSL_shutdown(c->tls); /* sends close_notify, and does not wait for the server's */
     ERR_clear_error();
     SSL_free(c->tls);
     close(c->fd); /* which takes it out of epoll, too */
 }
 
-/* What it comes to that a call of OpenSSL's has moved nothing. */
+/* Returns what read(2) or write(2) would, after a call of OpenSSL that moved no bytes. */
 static ssize_t moved_nothing(struct connection *c)
 {
     int error = SSL_get_error(c->tls, 0);
     bool cut = ERR_GET_REASON(ERR_peek_error()) == SSL_R_UNEXPECTED_EOF_WHILE_READING;
-    ERR_clear_error(); /* or the next call would take it for its own */
+    ERR_clear_error(); /* otherwise the next call would report it */
     if (error == SSL_ERROR_ZERO_RETURN || cut)
         return 0;
     if (error == SSL_ERROR_WANT_READ || error == SSL_ERROR_WANT_WRITE)
         errno = EAGAIN;
     else if (error == SSL_ERROR_SSL)
         errno = EPROTO;
-    return -1; /* with another error, errno is what the socket's call left */
+    return -1; /* with another error, errno is the socket's */
 }
 
 static ssize_t write_some(struct connection *c, const char *data, size_t size)
@@ -183,9 +183,9 @@ static ssize_t shake_hands(struct connection *c)
 
 #endif
 
-/* The connections take turns among many addresses. One that is closed keeps its port for a second or more (TIME_WAIT):
- * with a connection for each request, and all from one address, connect(2) would find about 14,000 ports a second,
- * whatever the server can do. */
+/* Connections use many source addresses in turn. A closed connection keeps its port for a second or more (TIME_WAIT):
+ * with a connection for each request, all from one address, connect(2) would find about 14,000 ports a second, however
+ * fast the server is. */
 static void bind_next_address(int fd)
 {
     static unsigned turn;
@@ -194,7 +194,7 @@ static void bind_next_address(int fd)
         .sin_addr.s_addr = htonl(0x7f000101 + turn++ % ADDRESSES), /* from 127.0.1.1 on */
     };
     const int on = 1;
-    /* Leave the port to connect(2): it takes any that is free for this pair of addresses. */
+    /* connect(2) then picks the port: any that is free for this pair of addresses. */
     die_unless(setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &on, sizeof on) == 0, "setsockopt");
     die_unless(bind(fd, (struct sockaddr *)&client, sizeof client) == 0, "bind");
 }
@@ -209,11 +209,11 @@ static void open_connection(struct connection *c)
     die_unless(setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on) == 0, "setsockopt");
     bind_next_address(c->fd);
     begin(c);
-    /* What fails at once fails for want of ports on our side, or because nobody listens: no rate can come of it. */
+    /* An immediate failure means that our ports are used up, or that nothing listens: then no rate can be measured. */
     die_unless(connect(c->fd, (struct sockaddr *)&server, sizeof server) == 0 || errno == EINPROGRESS, "connect");
-    /* Edge-triggered, a connection needs no epoll_ctl(2) each time that it turns from sending to receiving; for that,
-     * each turn has to go on until the kernel has no more. In bulk that could be never, and the other connections
-     * would starve: level-triggered, one whose turn is over comes round again. */
+    /* Edge-triggered, a connection needs no epoll_ctl(2) when it changes from sending to receiving, but each turn must
+     * continue until EAGAIN. In bulk that might never come, and other connections would starve; level-triggered, a turn
+     * may end earlier. */
     struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | (kind == BULK ? 0 : EPOLLET), .data.ptr = c};
     die_unless(epoll_ctl(poller, EPOLL_CTL_ADD, c->fd, &event) == 0, "epoll_ctl");
 }
@@ -231,8 +231,8 @@ static void fail(struct connection *c, int error)
     reopen(c);
 }
 
-/* The next two return how many bytes the kernel moved, 0 if the server has to be waited for, and -1 if the connection
- * broke; then it is a new one. */
+/* The next two return how many bytes the kernel moved, 0 if they would block, and -1 if the connection broke; then it
+ * has been reopened. */
 
 static ssize_t send_some(struct connection *c, const char *data, size_t size)
 {
@@ -280,7 +280,7 @@ static void count_latency(double seconds)
         latencies[microseconds < LONGEST ? (size_t)microseconds : LONGEST]++;
 }
 
-/* Send the message and receive what is due, again and again, until the server has to be waited for. */
+/* Send the message and receive the reply, repeatedly, until that would block. */
 static void converse(struct connection *c)
 {
     for (;;) {
@@ -305,7 +305,7 @@ static void converse(struct connection *c)
     }
 }
 
-/* Keep both ways full for one turn. */
+/* Send and receive as much as possible in one turn. */
 static void flood(struct connection *c)
 {
     ssize_t moved = 1;
@@ -325,17 +325,17 @@ static void *allocate(size_t size)
     return memory;
 }
 
-/* A message for an echo server, and for bulk what follows it: stored so far that a call which begins anywhere in the
- * period can send a whole message, or compare a whole buffer. */
+/* A message for an echo server, and for bulk its continuation: enough that from any position in the period, a call can
+ * send a whole message, or compare a whole buffer. */
 static void make_message(size_t size)
 {
     message_size = expected_size = size;
-    period = size + 1; /* not the size: a message that is lost or comes twice shows */
+    period = size + 1; /* not the size, to detect a lost or repeated message */
     size_t stored = period + size + BUFFER_SIZE;
     message = expected = allocate(stored);
     for (size_t i = 0; i < stored; i++) {
         size_t at = i % period;
-        message[i] = (char)(at * 131 + at / 251); /* a byte that is lost or moved shows */
+        message[i] = (char)(at * 131 + at / 251); /* to detect a lost or moved byte */
     }
 }
 
@@ -347,7 +347,7 @@ static void make_requests(size_t operands, size_t count)
     expected_size = count * 4;
     message = allocate(message_size);
     expected = allocate(expected_size);
-    uint32_t sum = 0; /* wraps as the protocol's does */
+    uint32_t sum = 0; /* wraps like the protocol's */
     message[0] = (char)operands;
     for (size_t i = 0; i < operands; i++) {
         uint32_t operand = (uint32_t)(i * 1000003 - 7), wire = htole32(operand);
@@ -363,7 +363,7 @@ static void make_requests(size_t operands, size_t count)
     }
 }
 
-/* Returns when it really ended. */
+/* Returns the time at which it ended. */
 static double run_until(double end)
 {
     struct epoll_event events[MAX_EVENTS];
@@ -379,7 +379,7 @@ static double run_until(double end)
     return time;
 }
 
-/* In microseconds; a negative number if no latency was counted. */
+/* In microseconds; negative if no latency was counted. */
 static double percentile(double percent)
 {
     uint64_t total = 0, below = 0;
@@ -420,9 +420,9 @@ static void read_arguments(int argc, char **argv, long *connections, long *size,
     *size = atol(argv[5]);
     *seconds = atof(argv[6]);
     if (*connections < 1 || *size < 1 || !(*seconds > 0))
-        die("CONNECTIONS, SIZE and SECONDS are above 0");
+        die("CONNECTIONS, SIZE and SECONDS must be above 0");
     if ((kind == OP || kind == PIPE) && *size > 255)
-        die("a request has at most 255 operands");
+        die("a request can have at most 255 operands");
 }
 
 int main(int argc, char **argv)
@@ -453,7 +453,7 @@ int main(int argc, char **argv)
     double rate = (bytes_received - bytes_before) / reply_size / (ended - began);
     const char *reason = !failures ? "" : first_failure ? strerror(first_failure) : "end of stream";
     if (bytes_received == bytes_before) {
-        fprintf(stderr, "load: no reply; connections that failed: %" PRIu64 " %s\n", failures, reason);
+        fprintf(stderr, "load: no reply; failed connections: %" PRIu64 " %s\n", failures, reason);
         return 1;
     }
     printf("{\"rate\": %.1f, ", rate);

@@ -1,12 +1,12 @@
-"""The peers: the same echo and op servers, written as each library's own documentation would write them.
+"""The peers: the same echo and op servers, in the style of each library's documentation.
 
 ::
 
     python peers.py PEER echo|op HOST [CERTIFICATE KEY]
 
-PEER is ``trio``, or ``asyncio`` or ``uvloop`` with ``-streams`` or ``-protocol``. With CERTIFICATE and KEY, PEM
-files, it serves TLS. The server prints where it listens: a port that the kernel picks. The op servers answer request
-after request until the client closes. None has a time-out or a limit, which trioproto has.
+PEER is ``trio``, or ``asyncio`` or ``uvloop`` with ``-streams`` or ``-protocol``. With CERTIFICATE and KEY (PEM files),
+it serves TLS. The server prints where it listens: on a port that the kernel picks. The op servers answer requests until
+the client closes the connection. Unlike trioproto, the peers have no time-outs and no limits.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import struct
 import sys
 from typing import Any
 
-BACKLOG = 1024  # asyncio's default is 100; trio's is as many as the kernel allows
+BACKLOG = 1024  # asyncio's default is 100; trio's is the kernel's maximum
 
 
 def calculate(count: int, body: bytes) -> bytes:
@@ -35,13 +35,13 @@ def calculate(count: int, body: bytes) -> bytes:
 
 
 def announce(address: tuple[str, int]) -> None:
-    """Say that the server accepts connections, and where."""
+    """Print where the server listens."""
     print(f"listening on {address[0]}:{address[1]}", flush=True)
 
 
 def run_trio(protocol: str, host: str, tls: ssl.SSLContext | None) -> None:  # noqa: C901 - the import is inside
     """Serve with `trio.serve_tcp`, or `trio.serve_ssl_over_tcp`."""
-    import trio  # noqa: PLC0415 - a peer carries no other library than its own
+    import trio  # noqa: PLC0415 - each peer imports only its own library
 
     async def receive_exactly(stream: trio.abc.Stream, count: int) -> bytes:
         data = bytearray()
@@ -71,7 +71,7 @@ def run_trio(protocol: str, host: str, tls: ssl.SSLContext | None) -> None:  # n
         handler = {"echo": echo, "op": op}[protocol]
         serve: Any = trio.serve_tcp
         if tls is not None:
-            # https_compatible: like asyncio, it takes the end of the stream for an end without a word of TLS about it.
+            # https_compatible: accept end of stream without a close_notify alert, like asyncio.
             serve = functools.partial(trio.serve_ssl_over_tcp, ssl_context=tls, https_compatible=True)
         async with trio.open_nursery() as nursery:
             [listener] = await nursery.start(functools.partial(serve, handler, 0, host=host))

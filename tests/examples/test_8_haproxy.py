@@ -38,7 +38,7 @@ def answered(output: str) -> int:
 @needs_haproxy
 @pytest.mark.parametrize("arguments", [[], ["--without-drain", "--requests", "1"]])
 def test_rolling_restart_loses_no_request(arguments: list[str]) -> None:
-    """All servers are restarted under load, and every request is answered, right and on the connection it was sent."""
+    """When all servers are restarted under load, every request is answered correctly, on its own connection."""
     done = run(*arguments)
 
     assert done.returncode == 0, done.stderr
@@ -49,8 +49,8 @@ def test_rolling_restart_loses_no_request(arguments: list[str]) -> None:
 
 
 @needs_haproxy
-def test_restart_without_drain_is_seen_to_end_conversations() -> None:
-    """Without the drain, conversations of several requests fail: the count of failures is a real one."""
+def test_restart_without_drain_fails_requests_and_counts_them() -> None:
+    """Without draining, connections with several requests fail, and the failures are counted."""
     done = run("--without-drain")
 
     assert done.returncode == 1
@@ -60,7 +60,7 @@ def test_restart_without_drain_is_seen_to_end_conversations() -> None:
 
 
 def run_with_programs_of(directory: Path) -> subprocess.CompletedProcess[str]:
-    """Run the example where ``directory`` is all that programs are looked for in."""
+    """Run the example with a PATH of just ``directory``."""
     return subprocess.run(
         [sys.executable, EXAMPLE],
         env=os.environ | {"PATH": str(directory)},
@@ -72,7 +72,7 @@ def run_with_programs_of(directory: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_without_haproxy_it_says_so_in_one_line(tmp_path: Path) -> None:
-    """Who lacks HAProxy is told to install it."""
+    """Without HAProxy, it says in one line to install it."""
     done = run_with_programs_of(tmp_path)
 
     assert done.returncode == 1
@@ -80,7 +80,7 @@ def test_without_haproxy_it_says_so_in_one_line(tmp_path: Path) -> None:
 
 
 def test_haproxy_that_fails_is_quoted(tmp_path: Path) -> None:
-    """What HAProxy has to say, should it not start, is said."""
+    """When HAProxy does not start, its error message is printed."""
     failing = tmp_path / "haproxy"
     failing.write_text("#!/bin/sh\necho 'no such keyword' >&2\nexit 1\n")
     failing.chmod(0o755)
@@ -90,7 +90,7 @@ def test_haproxy_that_fails_is_quoted(tmp_path: Path) -> None:
     assert done.stderr.endswith("haproxy.cfg failed: no such keyword\n")
 
 
-# Below, HAProxy is the real one with the example's configuration, and the servers are in this process.
+# The tests below run the real HAProxy with the example's configuration, and servers in this process.
 
 
 async def wrong_handler(stream: trio.SocketStream) -> None:
@@ -105,7 +105,7 @@ async def wrong_handler(stream: trio.SocketStream) -> None:
 async def balanced(
     directory: Path, **other_handlers: Callable[[trio.SocketStream], Awaitable[None]]
 ) -> AsyncIterator[tuple[Any, int, dict[str, trio.Event]]]:
-    """HAProxy in front of op servers: it, its port, and for each server the event that stops it."""
+    """Run HAProxy in front of op servers; yield it, its port, and for each server the event that stops it."""
     environment = {"OP_ADMIN": str(directory / "admin.sock")}
     shutdowns = {name: trio.Event() for name in ("op1", "op2", "op3")}
     with trio.fail_after(20), example["reserve_port"]() as reserved:
@@ -125,14 +125,14 @@ async def balanced(
 
 
 async def connect(port: int, source: str | None = None) -> trio.SocketStream:
-    """A connection that a server is known to have, for it has answered."""
+    """Connect, and return when a server has answered a request."""
     stream = await trio.open_tcp_stream("127.0.0.1", port, local_address=source)
     assert await op_request(stream, [40, 2], "+") == 42
     return stream
 
 
 async def connections(haproxy: Any, total: int) -> list[int]:
-    """How many connections each server has, once it has come to HAProxy's notice that they are so many in all."""
+    """Wait until HAProxy counts ``total`` connections, and return how many of them each server has."""
     while True:
         counts = [int(server["scur"]) for server in (await haproxy.servers()).values()]
         if sum(counts) == total:
@@ -141,8 +141,8 @@ async def connections(haproxy: Any, total: int) -> list[int]:
 
 
 @needs_haproxy
-async def test_new_connection_goes_to_the_server_that_has_the_fewest(tmp_path: Path) -> None:
-    """However connections end, new ones make their number even again."""
+async def test_new_connection_goes_to_the_server_with_the_fewest(tmp_path: Path) -> None:
+    """New connections restore the balance after any connections have ended."""
     async with balanced(tmp_path) as (haproxy, port, _shutdowns):
         streams = [await connect(port) for _ in range(3)]
         assert await connections(haproxy, 3) == [1, 1, 1]
@@ -159,7 +159,7 @@ async def test_new_connection_goes_to_the_server_that_has_the_fewest(tmp_path: P
 
 @needs_haproxy
 async def test_server_that_answers_wrong_is_taken_out(tmp_path: Path) -> None:
-    """A server that accepts connections and says that 40 + 2 is 41 is given none."""
+    """A server that accepts connections but answers 40 + 2 with 41 gets no connections."""
     async with balanced(tmp_path, op2=wrong_handler) as (haproxy, port, _shutdowns):
         await haproxy.wait_until("op2", status="DOWN")
         streams = [await connect(port) for _ in range(6)]
@@ -170,7 +170,7 @@ async def test_server_that_answers_wrong_is_taken_out(tmp_path: Path) -> None:
 
 @needs_haproxy
 async def test_server_that_refuses_connections_costs_no_request(tmp_path: Path) -> None:
-    """Before HAProxy has found out that a server is gone, what it refuses goes to another."""
+    """Until HAProxy has detected that a server is down, connections that it refuses go to another."""
     async with balanced(tmp_path) as (haproxy, port, shutdowns):
         shutdowns["op2"].set()
         await trio.sleep(0.05)
@@ -182,7 +182,7 @@ async def test_server_that_refuses_connections_costs_no_request(tmp_path: Path) 
 
 @needs_haproxy
 async def test_server_that_stops_may_finish_its_requests(tmp_path: Path) -> None:
-    """A request that is under way on a server that HAProxy has meanwhile found to be down is answered."""
+    """A request under way on a stopping server is answered, even after HAProxy has marked the server down."""
     async with balanced(tmp_path) as (haproxy, port, shutdowns):
         stream = await connect(port)
         await stream.send_all(b"\x02\x28\0\0\0")
@@ -198,7 +198,7 @@ async def test_server_that_stops_may_finish_its_requests(tmp_path: Path) -> None
 
 @needs_haproxy
 async def test_servers_see_the_clients(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A server's log names HAProxy's client, and not HAProxy; a health check is HAProxy itself, and no warning."""
+    """A server's log has the client's address, not HAProxy's; a health check has HAProxy's, and is no warning."""
     caplog.set_level(logging.DEBUG, "trioproto")
     async with balanced(tmp_path) as (_haproxy, port, _shutdowns), await connect(port, "127.0.0.77") as stream:
         client = format_address(stream.socket.getsockname())

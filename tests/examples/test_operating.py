@@ -1,4 +1,4 @@
-"""The operators' manual tells the truth."""
+"""The operators' manual agrees with the code."""
 
 import ast
 import re
@@ -32,7 +32,7 @@ def rows(text: str, header: str) -> list[list[str]]:
 
 
 def events(source: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield the logger, level and message of each call of a logger's method in a file, or partial call of one."""
+    """Yield the logger, level and message of each call (or partial call) of a logger's method in a file."""
     tree = ast.parse(source.read_text())
     module = ".".join(source.relative_to(ROOT).with_suffix("").parts)
     loggers: dict[str, str] = {}
@@ -59,7 +59,7 @@ def events(source: Path) -> Iterator[tuple[str, str, str]]:
 
 @pytest.mark.parametrize("protocol", ["echo", "op"])
 def test_options(protocol: str) -> None:
-    """The manual lists each option of a server, with its default, and no other."""
+    """The manual lists exactly the options of a server, with their defaults."""
     command = [sys.executable, "-m", "trioproto", protocol, "--help"]
     help_ = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True, timeout=30).stdout
     table = section("Options").partition("\n\nA failure")[0]
@@ -73,14 +73,14 @@ def test_options(protocol: str) -> None:
 
 
 def test_links() -> None:
-    """Every file that the manual links to is there."""
+    """Every file that the manual links to exists."""
     links = re.findall(r"\]\(([^)#:]+)[)#]", MANUAL)
     assert links
     assert [link for link in links if not (DIRECTORY / link).exists()] == []
 
 
 def test_events() -> None:
-    """The table of events has each one that the code logs, and no other; a level that varies is one of the two."""
+    """The table of events lists exactly the messages that the code logs; a level that varies is given as both."""
     found = [event for source in sorted((ROOT / "trioproto").rglob("*.py")) for event in events(source)]
     listed = [
         tuple(row[:3]) for row in rows(section("Events"), "| logger | level | message | fields | what it means |")
@@ -96,7 +96,7 @@ def test_endings() -> None:
 
 
 def test_metrics() -> None:
-    """The table of metrics has each one, under the name and with the type that Prometheus sees, and no other."""
+    """The table lists exactly the metrics that Prometheus sees, with their types."""
     with new_scoreboard(1) as scoreboard:
         scoreboard.most[0] = 1
         found = re.findall(r"^# TYPE (\w+) (\w+)$", generate_latest(registry_of(scoreboard)).decode(), re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Stops of the tour that listen on a port: one that is taken is said in one line."""
+"""Stops of the tour that listen on a port report in one line that it is in use."""
 
 import socket
 import subprocess
@@ -21,7 +21,7 @@ WHERE, ADVICE = "127.0.0.1:{port}", "choose another port"
     ],
 )
 def test_port_in_use_is_one_line(name: str, where: str, advice: str, more: list[str]) -> None:
-    """It says where, why, and what to do."""
+    """The line says where, why, and what to do."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = subprocess.run(

@@ -28,8 +28,8 @@ TLS_ECHO = Workload("echo over TLS", "echo", 2, 40_000, tls=True)  # more than t
 TLS_OP = Workload("op over TLS", "op", 2, 1, tls=True)
 ALL_KINDS = [ECHO, OP, PIPE, BULK, TLS_ECHO, TLS_OP]
 
-# A server that takes `size` bytes for a request and replies with those from `start` to `end`; over TLS, if `tls` is the
-# files of a certificate and its key. What `mistake` says is done to its third reply.
+# A server whose requests have `size` bytes, and which replies with those from `start` to `end`. `tls` is None, or the
+# paths of a certificate and its key. `mistake` is a statement that runs before the third reply.
 SERVER = """
 import asyncio, itertools, ssl
 
@@ -66,7 +66,7 @@ import signal, socket, sys
 listener = socket.create_server(("127.0.0.1", 0))
 print("listening on 127.0.0.1:%d" % listener.getsockname()[1], flush=True)
 if listener.accept()[0].recv(1) == b"":
-    print("somebody came and left", file=sys.stderr, flush=True)
+    print("connection opened and closed", file=sys.stderr, flush=True)
 signal.pause()
 """
 
@@ -80,10 +80,10 @@ signal.pause()
 
 @pytest.fixture(scope="module")
 def loads(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """The load generator, compiled without a warning: without TLS, and with it."""
+    """The load generator, compiled without warnings: without TLS, and with it."""
     compiler = shutil.which("cc")
     if compiler is None:
-        pytest.skip("there is no C compiler")
+        pytest.skip("no C compiler is installed")
     directory = tmp_path_factory.mktemp("load")
     compile_load = [compiler, "-O2", "-Wall", "-Wextra", "-Werror", str(EXAMPLE.with_name("load.c"))]
     subprocess.run([*compile_load, "-o", directory / "load"], check=True, timeout=60)
@@ -93,12 +93,12 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A certificate for a server of the comparison: its file and its key's."""
+    """The paths of a certificate and its key."""
     return example["make_certificate"](tmp_path_factory.mktemp("certificate"))
 
 
 def measure(loads: dict[bool, Path], certificate: Any, workload: Any, mistake: str = "pass") -> Any:
-    """Put a short load on a server that makes one mistake."""
+    """Put a short load on a server that makes ``mistake`` once."""
     size, start, end = (6, 1, 5) if workload.protocol == "op" else (workload.size, 0, workload.size)
     tls = certificate if workload.tls else None
     server = SERVER.format(size=size, start=start, end=end, mistake=mistake, tls=tls)
@@ -113,7 +113,7 @@ def measure_program(loads: dict[bool, Path], workload: Any, program: str) -> Any
 
 @pytest.mark.usefixtures("loads")
 def test_comparison_prints_the_table_and_writes_it_with_the_chart(tmp_path: Path) -> None:
-    """One command runs every kind of load on trioproto and a peer, and gives the results as a table and a chart."""
+    """One command runs every kind of load on trioproto and a peer, and writes the results as a table and a chart."""
     directory = tmp_path / "new" / "directory"
     workloads = ["echo-100", "op", "pipe", "bulk", "tls-echo-10", "tls-op"]
     arguments = ["--workloads", *workloads, "--peers", "asyncio-streams", "--rounds", "1", "--seconds", "0.05"]
@@ -136,7 +136,7 @@ def test_comparison_prints_the_table_and_writes_it_with_the_chart(tmp_path: Path
     assert len(ratios) == len(workloads)
     assert all(float(ratio) > 0 for ratio in ratios)
     latencies = [latency for _, what, *both in rows if what == "p50 / p99, µs" for latency in both]
-    assert len(latencies) == 2 * (len(workloads) - 1)  # in bulk, nothing is waited for
+    assert len(latencies) == 2 * (len(workloads) - 1)  # bulk has none
     for pair in latencies:
         p50, p99 = (float(latency.replace(",", "")) for latency in pair.split(" / "))
         assert 0 < p50 <= p99
@@ -148,7 +148,7 @@ def test_comparison_prints_the_table_and_writes_it_with_the_chart(tmp_path: Path
 
 @pytest.mark.parametrize("workload", ALL_KINDS)
 def test_honest_server_is_measured(loads: dict[bool, Path], certificate: Any, workload: Any) -> None:
-    """A server that is right has a rate, latencies where something is waited for, and no failures."""
+    """A correct server has a rate, latencies (except in bulk), and no failures."""
     run = measure(loads, certificate, workload)
     assert run.rate > 0
     assert run.failures == 0
@@ -161,7 +161,7 @@ def test_honest_server_is_measured(loads: dict[bool, Path], certificate: Any, wo
 @pytest.mark.parametrize("peer", example["PEERS"])
 @pytest.mark.parametrize("workload", [TLS_ECHO, TLS_OP])
 def test_peers_speak_tls(loads: dict[bool, Path], certificate: Any, peer: str, workload: Any) -> None:
-    """Each peer serves what is measured over TLS."""
+    """Each peer serves the TLS workloads."""
     core = min(os.sched_getaffinity(0))
     command = example["server_command"](peer, workload.protocol, certificate)
     run = example["measure"](command, workload, 0.05, load=loads[True], cores=(core, core))
@@ -169,7 +169,7 @@ def test_peers_speak_tls(loads: dict[bool, Path], certificate: Any, peer: str, w
 
 
 def test_each_connection_comes_from_another_address(loads: dict[bool, Path]) -> None:
-    """The ports of a single address would run out where each request has a connection of its own."""
+    """Each connection has another source address: one address would run out of ports in the op workload."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(10)
         port = listener.getsockname()[1]
@@ -182,35 +182,35 @@ def test_each_connection_comes_from_another_address(loads: dict[bool, Path]) -> 
 
 @pytest.mark.parametrize("mistake", [FLIP, REPEAT])
 @pytest.mark.parametrize("workload", ALL_KINDS)
-def test_wrong_reply_is_found_out(loads: dict[bool, Path], certificate: Any, workload: Any, mistake: str) -> None:
-    """One wrong bit, or one reply too many, in one reply among others, voids the comparison."""
+def test_wrong_reply_is_detected(loads: dict[bool, Path], certificate: Any, workload: Any, mistake: str) -> None:
+    """One wrong bit, or one extra reply, ends the comparison with an error."""
     with pytest.raises(example["ComparisonError"], match="wrong reply"):
         measure(loads, certificate, workload, mistake)
 
 
 @pytest.mark.parametrize("workload", ALL_KINDS)
 def test_broken_connection_is_counted(loads: dict[bool, Path], certificate: Any, workload: Any) -> None:
-    """A connection that ends before its reply is counted, with the reason, and the load goes on."""
+    """A connection that ends before its reply is counted as a failure, with the reason, and the load continues."""
     run = measure(loads, certificate, workload, CLOSE)
     assert run.failures == 1
     assert run.reason in ("end of stream", "Connection reset by peer", "Broken pipe")
     assert run.rate > 0
 
 
-def test_silent_server_is_no_result(loads: dict[bool, Path]) -> None:
-    """A server that accepts and never replies has no rate to compare with."""
+def test_silent_server_is_an_error(loads: dict[bool, Path]) -> None:
+    """A server that accepts connections and never replies is an error, not a rate of 0."""
     with pytest.raises(example["ComparisonError"], match="no reply"):
         measure_program(loads, ECHO, SILENT)
 
 
-def test_first_connection_is_none_of_the_load(loads: dict[bool, Path]) -> None:
-    """Before the load begins, somebody connects and leaves: asyncio is at its full rate only from then on."""
-    with pytest.raises(example["ComparisonError"], match=r"(?m)^somebody came and left$"):
+def test_first_connection_is_closed_before_the_load(loads: dict[bool, Path]) -> None:
+    """Before the load, one connection is opened and closed: asyncio reaches its full rate only after that."""
+    with pytest.raises(example["ComparisonError"], match=r"(?m)^connection opened and closed$"):
         measure_program(loads, ECHO, GREETED)
 
 
-def test_server_that_does_not_start_is_shown_with_its_last_words(loads: dict[bool, Path]) -> None:
-    """The message gives the command and the end of what the server said."""
+def test_server_that_does_not_start_is_reported_with_its_log(loads: dict[bool, Path]) -> None:
+    """The message has the command and the end of the server's log."""
     with pytest.raises(example["ComparisonError"], match=r"did not start: .*\nno such peer"):
         measure_program(loads, ECHO, "raise SystemExit('no such peer')")
 
@@ -229,7 +229,7 @@ def texts_of(svg: str) -> list[str]:
 
 
 def test_ratio_is_the_median_of_the_rounds() -> None:
-    """Each round is compared within itself: a machine that is slow in one round changes no ratio of another."""
+    """Ratios are computed within each round: a slow round does not affect the ratios of others."""
     slow_round = result(("trioproto", [200.0, 20.0, 30.0]), ("trio", [100.0, 10.0, 10.0]))
 
     table = example["table"]([slow_round], ["a note"])
@@ -239,7 +239,7 @@ def test_ratio_is_the_median_of_the_rounds() -> None:
 
 
 def test_latencies_are_medians_of_the_rounds() -> None:
-    """Each percentile is the median of what the rounds found for it."""
+    """Each percentile is the median of that percentile over the rounds."""
     runs = [Run(1.0, p50=p50, p99=p99) for p50, p99 in ((90.0, 2000.0), (100.0, 1000.0), (300.0, 1500.0))]
 
     table = example["table"]([Result(ECHO, {"trioproto": runs})], [])
@@ -247,8 +247,8 @@ def test_latencies_are_medians_of_the_rounds() -> None:
     assert ["", "p50 / p99, µs", "100 / 1,500"] in cells_of(table)
 
 
-def test_a_faster_peer_stands_out() -> None:
-    """Where a peer answers more than trioproto, the table has its ratio in bold."""
+def test_faster_peer_is_bold() -> None:
+    """The table has the ratio of a peer that is faster than trioproto in bold."""
     table = example["table"]([result(("trioproto", [70.0]), ("trio", [35.0]), ("uvloop", [100.0]))], [])
 
     assert cells_of(table)[-1] == ["echo", "rate ÷ peer's", "70/s", "2.00", "**0.70**"]
@@ -289,20 +289,20 @@ def test_chart_draws_latencies_from_p50_to_p99() -> None:
     assert {"100 µs", "1 ms", "10 ms", "100 / 1,000 µs", "1,000 / 10,000 µs"} <= set(texts)
 
 
-def test_failures_stand_under_the_table() -> None:
-    """Connections that failed are named with the result, so that nobody takes it for a clean one."""
+def test_failures_are_listed_under_the_table() -> None:
+    """Failed connections are listed with the result, so that it is not mistaken for a clean one."""
     failed = result(("trioproto", [1.0, 1.0]), ("trio", [1.0, 1.0]), failures=3)
 
     notes = example["describe"]([failed], 2, 0.05, (0, 1))
 
-    assert "Connections to trio that failed in “echo”: 6." in notes
-    assert not re.search("failed", " ".join(example["describe"]([result(("trioproto", [1.0]))], 1, 1.0, (0, 1))))
+    assert "Failed connections to trio in “echo”: 6." in notes
+    assert not re.search("(?i)failed", " ".join(example["describe"]([result(("trioproto", [1.0]))], 1, 1.0, (0, 1))))
 
 
-def test_limit_of_the_load_stands_under_the_table() -> None:
-    """A server that the load generator could not keep busy is named: its rate is not all that it can do."""
+def test_limit_of_the_load_is_listed_under_the_table() -> None:
+    """A server that the load generator could not saturate is listed: it may be faster than measured."""
     limited = result(("trioproto", [1.0]), ("trio", [1.0]), busy=0.99)
 
     notes = example["describe"]([limited], 1, 0.05, (0, 1))
 
-    assert "In “echo”, trio may do more: the load generator was the limit." in notes
+    assert "In “echo”, trio may be faster: the load generator was the limit." in notes

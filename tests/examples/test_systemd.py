@@ -21,7 +21,7 @@ reserve_port = runpy.run_path(str(EXAMPLES / "8_haproxy" / "rolling_restart.py")
 
 PYTHON = "/opt/trioproto/bin/python"
 
-# What systemd does to start a service on a socket: it becomes descriptor 3, and the environment says for whom it is.
+# How systemd starts a service with a socket: it becomes descriptor 3, and LISTEN_PID names the process that it is for.
 START = """
 import os, sys
 os.dup2(int(sys.argv[1]), 3)
@@ -31,7 +31,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 def command() -> list[str]:
-    """What the service runs, with this Python in the place of the installed one."""
+    """Return the command that the service runs, with this Python instead of the installed one."""
     (line,) = re.findall(r"^ExecStart=(.*)$", (UNITS / "trioproto-op.service").read_text(), re.MULTILINE)
     python, *arguments = shlex.split(line)
     assert python == PYTHON
@@ -49,12 +49,12 @@ def service(tmp_path: Path) -> Path:
 
 
 def environment_options() -> list[str]:
-    """systemd-socket-activate starts its program with a clean environment: this gives it the path of the modules."""
+    """Return options that pass PYTHONPATH on: systemd-socket-activate starts its program with a clean environment."""
     return ["--setenv=PYTHONPATH"] if "PYTHONPATH" in os.environ else []
 
 
 async def connect(host: str, port: int) -> trio.SocketStream:
-    """Connect as soon as somebody listens."""
+    """Connect as soon as a server listens."""
     while True:
         try:
             return await trio.open_tcp_stream(host, port)
@@ -62,8 +62,8 @@ async def connect(host: str, port: int) -> trio.SocketStream:
             await trio.sleep(0.05)
 
 
-async def ask_all_the_time(port: int, answers: list[bytes]) -> None:
-    """Connect, ask for 40 + 2 in two halves, and again. Most of the time, a request is under way."""
+async def ask_continuously(port: int, answers: list[bytes]) -> None:
+    """Connect, request 40 + 2 in two halves, and again. Most of the time, a request is under way."""
     while True:
         async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
             await stream.send_all(b"\x02\x28\0\0\0")
@@ -82,8 +82,8 @@ async def more(answers: list[bytes]) -> None:
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
-def test_units_are_what_systemd_understands(service: Path) -> None:
-    """No fault is found by systemd with the service and its socket."""
+def test_systemd_accepts_the_units(service: Path) -> None:
+    """systemd-analyze finds no errors in the service and its socket."""
     done = subprocess.run(
         ["systemd-analyze", "verify", service, service.with_suffix(".socket")],
         capture_output=True,
@@ -98,7 +98,7 @@ def test_units_are_what_systemd_understands(service: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 def test_service_is_hardened(service: Path) -> None:
-    """What systemd calls the service's exposure, from 0 to 10, is at most 1."""
+    """systemd-analyze rates the service's exposure, from 0 to 10, at most 1."""
     done = subprocess.run(
         ["systemd-analyze", "security", "--no-pager", "--offline=yes", "--threshold=10", service],
         capture_output=True,
@@ -107,14 +107,14 @@ def test_service_is_hardened(service: Path) -> None:
         check=False,
     )
     if "unrecognized option" in done.stderr:
-        pytest.skip("this systemd cannot judge a unit that is not installed")
+        pytest.skip("this systemd cannot analyze a unit that is not installed")
 
     assert done.returncode == 0, done.stdout[-200:]
 
 
 @pytest.mark.skipif(shutil.which("systemd-socket-activate") is None, reason="systemd is not installed")
 async def test_first_connection_starts_the_service() -> None:
-    """Socket activation by systemd's own tool starts the server, which answers the connection that started it."""
+    """With socket activation by systemd's own tool, the server answers the connection that started it."""
     with trio.fail_after(20), reserve_port() as reserved:
         host, port = reserved.getsockname()
         activate = ["systemd-socket-activate", f"--listen={host}:{port}", *environment_options(), *command()]
@@ -143,7 +143,7 @@ async def test_restarts_lose_no_request() -> None:
         try:
             async with trio.open_nursery() as clients:
                 for _ in range(4):
-                    clients.start_soon(ask_all_the_time, port, answers)
+                    clients.start_soon(ask_continuously, port, answers)
                 for _ in range(3):
                     await more(answers)
                     process.send_signal(signal.SIGTERM)
