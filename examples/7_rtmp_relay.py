@@ -125,7 +125,7 @@ class Incoming:
     async def read_message(self, connection: Connection) -> Message:
         """Receive chunks until a message is complete, and carry it out if it controls the connection.
 
-        A cancellation can lose part of a chunk. In this program, it always ends the connection.
+        After a cancellation, bytes of incomplete messages would be received twice. Here it always ends the connection.
         """
         chunk_stream = await self._read_chunk(connection)
         while len(chunk_stream.body) < chunk_stream.length:
