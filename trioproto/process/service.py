@@ -62,7 +62,9 @@ _STDIN = 0
 RELOAD = b"reload\n"
 
 _HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
-SIGNALS = [signal.SIGINT, signal.SIGTERM] if _HANGUP is None else [signal.SIGINT, signal.SIGTERM, _HANGUP]
+SIGNALS: list[signal.Signals] = (
+    [signal.SIGINT, signal.SIGTERM] if _HANGUP is None else [signal.SIGINT, signal.SIGTERM, _HANGUP]
+)
 
 
 async def serve_until_signal(
