@@ -223,7 +223,7 @@ async def test_reload_while_workers_start(manager: Manager) -> None:
 async def test_numbers_outlive_a_worker(manager: Manager) -> None:
     """What a worker had accepted counts on when another has replaced it; what was open has ended."""
     command = under(manager, "WATCHDOG_USEC=400000")
-    complaint = "worker [12] ended with status -9; starting another"
+    complaint = r"worker [12] was ended by signal 9 \(Killed\); starting another"
     async with serving("op", "--workers=2", command=command, complaints=[complaint] * 2) as server:
         async with await server.connect() as stream:
             await server.answers(stream)

@@ -374,7 +374,7 @@ async def connect_past(server: Server, stack: contextlib.AsyncExitStack, worker:
 
 async def test_killed_worker() -> None:
     """Of a worker that is killed under load, only its own connections break, and another worker takes its place."""
-    killed = r"worker \d ended with status -9; starting another"
+    killed = r"worker \d was ended by signal 9 \(Killed\); starting another"
     async with serving("op", "--workers=2", complaints=[killed]) as server, contextlib.AsyncExitStack() as stack:
         victim, survivor = await server.workers(2)
         theirs, others = [await connect_past(server, stack, other) for other in (survivor, victim)]

@@ -150,7 +150,7 @@ async def test_killed_worker_is_replaced(caplog: pytest.LogCaptureFixture) -> No
         shutdown.set()
     [record] = caplog.records
     assert record.levelno == logging.ERROR
-    assert record.getMessage() in {f"worker {which} ended with status -9; starting another" for which in (1, 2)}
+    assert record.getMessage() in {f"worker {which} was ended by signal 9 (Killed); starting another" for which in (1, 2)}
 
 
 @pytest.mark.parametrize("in_a_stop", [False, True], ids=["while they serve", "in a stop"])

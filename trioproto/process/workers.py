@@ -320,7 +320,7 @@ class _Supervision:
                     await process.wait()
             if self.scoreboard is not None:
                 self.scoreboard.beats[row] = self.scoreboard.active[row] = 0
-        return end or f"ended with status {process.returncode}"
+        return end or _how_it_ended(process.returncode)
 
     async def _silence(self, scoreboard: Scoreboard, row: int) -> str:
         """Return when a worker has given no sign of life for too long, and say for how long. Never in a stop."""
@@ -332,3 +332,10 @@ class _Supervision:
             looks = looks + 1 if scoreboard.beats[row] == beats else 0
             beats = scoreboard.beats[row]
         return f"has given no sign of life for {looks * BEAT_SECONDS:g} s: killed"
+
+
+def _how_it_ended(status: int | None) -> str:
+    """Say how a process ended; the system's out-of-memory killer, for one, sends signal 9."""
+    if status is not None and status < 0:
+        return f"was ended by signal {-status} ({signal.strsignal(-status)})"
+    return f"ended with status {status}"
