@@ -97,6 +97,7 @@ async def serve_until_signal(
     that are under way are finished, idle connections are ended, and whatever is left after ``grace_period`` seconds is
     cancelled. A second signal, at least one second after the first (`SAME_SIGNAL_SECONDS`), cancels everything at
     once. Only one call at a time may run in a process, because a signal reaches only one of them.
+    A signal that comes when it is about to return, or later, does what it did before the call.
 
     Args:
         handler: an async function that serves one connection, as for `trioproto.serve_listeners`.
