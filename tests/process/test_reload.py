@@ -170,6 +170,18 @@ async def test_wrong_file(wrong: str, workers: int, files: Files) -> None:
 
 
 @WORKERS
+async def test_file_that_is_gone(workers: int, files: Files) -> None:
+    """A file that is gone is one line in the log, too."""
+    context = files.client(files.old)
+    complaint = rf"SIGHUP: cannot reload: cannot read '{files.cert}': No such file or directory; nothing has changed"
+    async with serving("op", f"--workers={workers}", *files.options(), tls=context, complaints=[complaint]) as server:
+        await started(server, workers)
+        files.cert.unlink()
+        server.process.send_signal(signal.SIGHUP)
+        await server.logged("cannot reload")
+
+
+@WORKERS
 async def test_pipe(workers: int, files: Files) -> None:
     """A pipe in the place of a file is not waited for: that nobody writes to it is no reason to serve nobody."""
     context = files.client(files.old)
