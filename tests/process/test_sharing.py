@@ -66,17 +66,6 @@ async def test_worker_that_does_not_take_its_share() -> None:
                 await server.answers(await clients.enter_async_context(await server.connect()))
 
 
-async def test_worker_that_takes_none_for_long() -> None:
-    """Those who serve are not slowed down by it: they soon wait for it no more."""
-    async with workers_serving(2) as (server, [stopped, _other], _), contextlib.AsyncExitStack() as clients:
-        with paused(stopped):
-            for _ in range(5):
-                await server.answers(await clients.enter_async_context(await server.connect()))
-            with trio.fail_after(6):  # waiting for it 4 ms each time would take longer
-                for _ in range(1500):
-                    await server.answers_anew()
-
-
 def test_others_that_have_fewer() -> None:
     """Only workers that serve count; a sixteenth more is as many."""
     with new_scoreboard(3) as scoreboard:
