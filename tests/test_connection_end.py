@@ -240,7 +240,7 @@ async def test_timeout_in_a_nursery(
         await client.send_all(sent)
         assert await client.receive_some() == b""
         assert trio.current_time() == pytest.approx(10)
-    assert caplog.messages == ["StapledStream: timed out, awaiting the rest of a request"] * bool(sent)
+    assert caplog.messages == ["StapledStream: timed out waiting for the rest of a request"] * bool(sent)
 
 
 @pytest.mark.parametrize("sent", [b"", b"hel"])
@@ -272,7 +272,7 @@ async def test_one_line_is_enough(caplog: pytest.LogCaptureFixture, autojump_clo
 
     async with served(handler):
         pass
-    assert caplog.messages == ["StapledStream: timed out, awaiting a"]
+    assert caplog.messages == ["StapledStream: timed out waiting for a"]
 
 
 # Leaving it.
@@ -393,7 +393,7 @@ async def test_client_that_takes_no_last_reply(
     client, theirs = trio.testing.lockstep_stream_pair()
     await handler(theirs)
     assert trio.current_time() == pytest.approx(10)
-    assert caplog.messages == ["StapledStream: timed out, awaiting room for a reply"]
+    assert caplog.messages == ["StapledStream: timed out waiting for room for a reply"]
     await client.aclose()
 
 

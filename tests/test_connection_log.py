@@ -157,6 +157,6 @@ async def test_what_a_client_did(caplog: pytest.LogCaptureFixture) -> None:
         [record] = caplog.records
         assert record.levelno == logging.DEBUG
         assert re.fullmatch(
-            rf"127.0.0.1:\d+ to 127.0.0.1:\d+: broke the connection, awaiting {awaited}: Connection reset by peer",
+            rf"127.0.0.1:\d+ to 127.0.0.1:\d+: connection broken while waiting for {awaited}: Connection reset by peer",
             record.getMessage(),
         )

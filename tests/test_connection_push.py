@@ -285,7 +285,7 @@ async def test_overrun(*, tls: bool, caplog: pytest.LogCaptureFixture) -> None:
         [record] = caplog.records
         assert record.levelno == logging.WARNING
         assert re.fullmatch(
-            rf"{to_slow.peer} to 127\.0\.0\.1:\d+: overrun: 1\d{{4}} bytes pushed and not taken, more than 10000",
+            rf"{to_slow.peer} to 127\.0\.0\.1:\d+: overrun: 1\d{{4}} unsent bytes, more than 10000",
             record.getMessage(),
         )
 
@@ -307,7 +307,7 @@ async def test_slow_client_below_max_unsent(*, tls: bool, caplog: pytest.LogCapt
         with pytest.raises(trio.BrokenResourceError):
             await receive_to_end(client)
     [message] = caplog.messages
-    assert message.endswith(": timed out, awaiting room for a reply")
+    assert message.endswith(": timed out waiting for room for a reply")
 
 
 async def test_pushed_while_the_client_is_slow(*, tls: bool) -> None:
@@ -429,7 +429,7 @@ async def test_overrun_at_the_end_of_the_block(
         with trio.fail_after(1):
             await trio.testing.wait_all_tasks_blocked()
     assert trio.current_time() < 10
-    assert caplog.messages == ["StapledStream: overrun: 101 bytes pushed and not taken, more than 100"]
+    assert caplog.messages == ["StapledStream: overrun: 101 unsent bytes, more than 100"]
 
 
 async def test_pipelining_with_max_unsent(autojump_clock: trio.testing.MockClock) -> None:
@@ -454,7 +454,7 @@ async def test_overrun_before_the_block(caplog: pytest.LogCaptureFixture) -> Non
         connection.push(bytes(100))
     async with connection:
         await trio.sleep_forever()
-    assert caplog.messages == ["StapledStream: overrun: 200 bytes pushed and not taken, more than 100"]
+    assert caplog.messages == ["StapledStream: overrun: 200 unsent bytes, more than 100"]
 
 
 async def test_overrun_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -463,7 +463,7 @@ async def test_overrun_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     async with Connection(theirs, max_unsent=100) as connection:
         for _ in range(4):
             connection.push(bytes(60))
-    assert caplog.messages == ["StapledStream: overrun: 120 bytes pushed and not taken, more than 100"]
+    assert caplog.messages == ["StapledStream: overrun: 120 unsent bytes, more than 100"]
 
 
 async def test_push_while_the_connection_lingers() -> None:

@@ -285,7 +285,7 @@ async def test_target_that_takes_nothing(size: int) -> None:
             with pytest.raises(ClientError) as caught:
                 await downstream.relay(upstream)
             assert caught.value.connection is upstream
-            assert str(caught.value) == "timed out, awaiting room for a reply"
+            assert str(caught.value) == "timed out waiting for room for a reply"
             assert open_descriptors() == before
             await upstream.aclose()
             with pytest.raises(trio.BrokenResourceError):

@@ -93,7 +93,7 @@ async def test_end_inside_a_request(
 
     assert await converse(handler, b"\7unfini") == b"hello"
     assert errors == [(True, "ended")]
-    assert caplog.messages == ["StapledStream: ended in the middle of a request"]
+    assert caplog.messages == ["StapledStream: end of stream in the middle of a request"]
 
 
 async def test_receive_some_inside_a_request() -> None:
@@ -110,7 +110,7 @@ async def test_receive_some_inside_a_request() -> None:
     await client.send_eof()
     requests = connection.requests(read)
     assert await anext(requests) == b"one\n"
-    with pytest.raises(ClientError, match="ended in the middle of a request"):
+    with pytest.raises(ClientError, match="end of stream in the middle of a request"):
         await anext(requests)
 
 
@@ -228,7 +228,7 @@ async def test_request_time_goes_on(autojump_clock: trio.testing.MockClock) -> N
     for _ in range(3):
         with trio.move_on_after(3):
             await anext(connection.requests(read_line))
-    with pytest.raises(ClientError, match="timed out, awaiting the rest of a request"):
+    with pytest.raises(ClientError, match="timed out waiting for the rest of a request"):
         await anext(connection.requests(read_line))
     assert trio.current_time() == pytest.approx(10)
 

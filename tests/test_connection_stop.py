@@ -143,7 +143,7 @@ async def test_message_outside_of_requests(
             await trio.sleep(8)
             await client.send_all(b"lo" if receive is not read_line else b"lo\n")
         assert await receive_to_end(client) == (b"hello" if sent else b"")
-    assert errors == [("stopped", "the server stops")]
+    assert errors == [("stopped", "the server is stopping")]
 
 
 @pytest.mark.parametrize("reads", [True, False])
@@ -248,7 +248,7 @@ async def test_handshake_when_the_server_sends_first(
     ended_within = max(FIRST_REQUEST_GRACE - after, 0) + SOON
     async with stopping(handler, after=after, ended_within=ended_within) as client:
         assert await client.receive_some() == b""
-    assert caplog.messages == ["StapledStream to MemoryListener: timed out, awaiting a TLS handshake"]
+    assert caplog.messages == ["StapledStream to MemoryListener: timed out waiting for a TLS handshake"]
 
 
 async def test_through_tls(autojump_clock: trio.testing.MockClock) -> None:

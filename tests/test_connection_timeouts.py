@@ -78,7 +78,7 @@ async def test_idle_in_the_log(caplog: pytest.LogCaptureFixture, autojump_clock:
         assert await client.receive_some() == b""
     [record] = caplog.records
     assert record.levelno == logging.DEBUG
-    assert record.getMessage() == "StapledStream: timed out, awaiting a request"
+    assert record.getMessage() == "StapledStream: timed out waiting for a request"
 
 
 @pytest.mark.parametrize("handler", [echo_handler, op_handler])
@@ -94,7 +94,7 @@ async def test_takes_no_reply(
         await trio.sleep(10 - 0.1)
         assert caplog.messages == []
         await trio.sleep(0.2)
-        assert caplog.messages == ["StapledStream: timed out, awaiting room for a reply"]
+        assert caplog.messages == ["StapledStream: timed out waiting for room for a reply"]
     assert caplog.records[0].levelno == logging.WARNING
     assert caplog.records[0].exc_info is None
 
@@ -118,7 +118,7 @@ async def test_takes_no_last_reply(caplog: pytest.LogCaptureFixture, autojump_cl
     """The same holds for a bulk echo, and for the replies before a malformed request, which has its line already."""
     for handler, sent, line in (
         (op_handler, ONE + MALFORMED, "StapledStream: protocol error: operand count is 0"),
-        (echo_handler, bytes(65536), "StapledStream: timed out, awaiting room for a reply"),
+        (echo_handler, bytes(65536), "StapledStream: timed out waiting for room for a reply"),
     ):
         caplog.clear()
         async with served(partial(handler, idle_timeout=10), trio.testing.lockstep_stream_pair) as client:
@@ -136,7 +136,7 @@ async def test_takes_no_reply_on_a_socket(handler: Handler, *, tls: bool, caplog
         with pytest.raises(trio.BrokenResourceError):
             await client.send_all(ONE * 10_000_000)
     [message] = caplog.messages
-    assert re.fullmatch(r"127.0.0.1:\d+ to 127.0.0.1:\d+: timed out, awaiting room for a reply", message)
+    assert re.fullmatch(r"127.0.0.1:\d+ to 127.0.0.1:\d+: timed out waiting for room for a reply", message)
 
 
 async def test_takes_the_reply_slowly(*, tls: bool, caplog: pytest.LogCaptureFixture) -> None:
@@ -168,7 +168,7 @@ async def test_request_that_dribbles(
         assert await client.receive_some() == b""
         assert trio.current_time() == pytest.approx(interval + 2)
         nursery.cancel_scope.cancel()
-    assert caplog.messages == ["StapledStream: timed out, awaiting the rest of a request"]
+    assert caplog.messages == ["StapledStream: timed out waiting for the rest of a request"]
     assert caplog.records[0].levelno == logging.WARNING
     assert caplog.records[0].exc_info is None
 
@@ -284,7 +284,7 @@ async def test_messages_outside_of_requests(
         await client.send_all(b"hel")
         assert await client.receive_some() == b""
         assert trio.current_time() == pytest.approx(3 * 11 + 9 + 3)
-    assert caplog.messages == ["StapledStream: timed out, awaiting the rest of a request"]
+    assert caplog.messages == ["StapledStream: timed out waiting for the rest of a request"]
 
 
 async def test_receive_some_has_the_idle_timeout(autojump_clock: trio.testing.MockClock) -> None:
@@ -319,7 +319,7 @@ async def test_request_that_never_ends(
         async for _ in connection.requests(read):
             pytest.fail("that was no request")
     assert 5 <= trio.current_time() <= 8  # with the linger
-    assert caplog.messages == ["StapledStream: timed out, awaiting the rest of a request"]
+    assert caplog.messages == ["StapledStream: timed out waiting for the rest of a request"]
 
 
 async def test_request_that_is_already_there(autojump_clock: trio.testing.MockClock) -> None:
@@ -417,7 +417,7 @@ async def test_idle_while_another_task_waits_for_room(
         await trio.sleep(14)
         assert caplog.messages == []
         await trio.sleep(2)
-    assert caplog.messages == ["StapledStream: timed out, awaiting room for a reply"]
+    assert caplog.messages == ["StapledStream: timed out waiting for room for a reply"]
 
 
 async def test_what_arrives_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:

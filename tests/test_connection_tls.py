@@ -47,7 +47,7 @@ async def test_client_that_does_not_shake_hands(
     async with served(handler) as client:
         assert await client.receive_some() == b""
         assert trio.current_time() == pytest.approx(10)
-    assert caplog.messages == [f"{PEER}: timed out, awaiting a TLS handshake"]
+    assert caplog.messages == [f"{PEER}: timed out waiting for a TLS handshake"]
     assert caplog.records[0].levelno == logging.WARNING
 
 
@@ -63,7 +63,7 @@ async def test_client_that_speaks_no_tls(
             await receive_to_end(client)
         [record] = caplog.records
         assert record.levelno == logging.WARNING
-        assert record.getMessage().startswith(f"{PEER}: broke the connection, awaiting a TLS handshake: ")
+        assert record.getMessage().startswith(f"{PEER}: connection broken while waiting for a TLS handshake: ")
 
 
 async def test_handshake_before_either_side_speaks(autojump_clock: trio.testing.MockClock) -> None:
@@ -133,7 +133,7 @@ async def test_reader_that_stops(caplog: pytest.LogCaptureFixture, autojump_cloc
         with pytest.raises(trio.BrokenResourceError):
             await receive_to_end(tls)
         assert trio.current_time() == pytest.approx(stopped_at + 11)
-    assert caplog.messages == [f"{PEER}: timed out, awaiting room for a reply"]
+    assert caplog.messages == [f"{PEER}: timed out waiting for room for a reply"]
 
 
 async def test_no_time_from_the_handshake(autojump_clock: trio.testing.MockClock) -> None:

@@ -241,7 +241,7 @@ async def test_handshake_grace(
             await in_time.aclose()
             with taking(0.2 * FIRST_REQUEST_GRACE):
                 assert await silent.transport_stream.receive_some() == b""
-    assert caplog.messages == ["SSLStream to MemoryListener: timed out, awaiting a TLS handshake"]
+    assert caplog.messages == ["SSLStream to MemoryListener: timed out waiting for a TLS handshake"]
     caplog.clear()
 
 
@@ -255,7 +255,7 @@ async def test_half_a_request_is_not_finished(
         nursery.start_soon(serve, partial(op_handler, request_timeout=10), place.listener, 1)
         with taking(10):
             assert await client.receive_some() == b""
-        assert caplog.messages == ["StapledStream to MemoryListener: timed out, awaiting the rest of a request"]
+        assert caplog.messages == ["StapledStream to MemoryListener: timed out waiting for the rest of a request"]
         caplog.clear()
 
 

@@ -98,7 +98,7 @@ async def test_handler_with_breaking_client(after: int, caplog: pytest.LogCaptur
     await client.send_eof()
     assert await client.receive_some() == b"mess"[:after]
     assert [record.levelno for record in caplog.records] == [logging.DEBUG]
-    assert "StapledStream: broke the connection, awaiting a request: broken on purpose" in caplog.text
+    assert "StapledStream: connection broken while waiting for a request: broken on purpose" in caplog.text
 
 
 async def test_handler_with_client_that_takes_no_reply() -> None:

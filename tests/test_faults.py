@@ -92,7 +92,7 @@ async def test_half_close(protocol: str, serve: Serve) -> None:
 
 async def test_end_in_mid_request(serve: Serve) -> None:
     """A client that ends in the middle of a request gets the replies before it, and one line in the log."""
-    half = f"{CLIENT}: ended in the middle of a request"
+    half = f"{CLIENT}: end of stream in the middle of a request"
     async with serve("op", complaints=[half]) as server, await server.connect() as stream:
         await stream.send_all(QUESTION * 3 + QUESTION[:-1])
         await stream.send_eof()
@@ -164,7 +164,7 @@ async def test_slow_loris(serve: Serve) -> None:
             assert await stream.receive_some() == b""
             nursery.cancel_scope.cancel()
 
-    late = f"{CLIENT}: timed out, awaiting the rest of a request"
+    late = f"{CLIENT}: timed out waiting for the rest of a request"
     options = ["--request-timeout=0.5"]
     async with serve("op", *options, complaints=[late] * 10) as server, trio.open_nursery() as nursery:
         for _ in range(10):
@@ -182,7 +182,7 @@ async def test_idle_timeout(serve: Serve) -> None:
 
 async def test_reply_timeout(serve: Serve) -> None:
     """A client that takes no reply for too long is ended, with a line in the log."""
-    late = f"{CLIENT}: timed out, awaiting room for a reply"
+    late = f"{CLIENT}: timed out waiting for room for a reply"
     with small_buffers() as listening:
         where = [f"--fd={listening.fileno()}", "--idle-timeout=0.5"]
         serving_it = serve("op", where=where, pass_fds=[listening.fileno()], complaints=[late])
@@ -230,7 +230,7 @@ async def test_random_payloads() -> None:
     payloads += [request_bytes([chance.randrange(2**31)], chr(chance.randrange(128))) for _ in range(40)]
     understood = [decode_by_the_table(payload) for payload in payloads]
     complaints = [
-        f"{CLIENT}: protocol error: .*" if malformed else f"{CLIENT}: ended in the middle of a request"
+        f"{CLIENT}: protocol error: .*" if malformed else f"{CLIENT}: end of stream in the middle of a request"
         for _, unfinished, malformed in understood
         if malformed or unfinished
     ]
@@ -309,7 +309,7 @@ def descriptors(count: int) -> Iterator[None]:
 
 async def test_tls_client_that_says_nothing(tls_options: list[str]) -> None:
     """A client that never shakes hands is ended when the time for it is over, with one line in the log."""
-    late = f"{CLIENT}: timed out, awaiting a TLS handshake"
+    late = f"{CLIENT}: timed out waiting for a TLS handshake"
     tls_options = [*tls_options, "--request-timeout=0.5"]
     async with serving("op", *tls_options, tls=tls_client(), complaints=[late]) as server, await server.tcp() as stream:
         await server.answers_anew()
@@ -318,7 +318,7 @@ async def test_tls_client_that_says_nothing(tls_options: list[str]) -> None:
 
 async def test_tls_client_that_speaks_plain(tls_options: list[str]) -> None:
     """A client that speaks plain to a TLS server is ended, with one line in the log."""
-    broken = f"{CLIENT}: broke the connection, awaiting a TLS handshake: .*"
+    broken = f"{CLIENT}: connection broken while waiting for a TLS handshake: .*"
     async with serving("op", *tls_options, tls=tls_client(), complaints=[broken] * 2) as server:
         for said in (QUESTION * 10, b"GET / HTTP/1.1\r\n\r\n"):
             async with await server.tcp() as stream:
@@ -334,7 +334,7 @@ async def test_tls_client_that_speaks_plain(tls_options: list[str]) -> None:
 )
 async def test_tls_client_with_wrong_certificates(tls_options: list[str], context: ssl.SSLContext) -> None:
     """Where either side does not accept the other's certificate, nothing is served, and one line says so."""
-    broken = f"{CLIENT}: broke the connection, awaiting a TLS handshake: .*"
+    broken = f"{CLIENT}: connection broken while waiting for a TLS handshake: .*"
     async with serving("op", *tls_options, tls=tls_client(), complaints=[broken]) as server:
         stream = trio.SSLStream(await server.tcp(), context, server_hostname="localhost")
         with pytest.raises(trio.BrokenResourceError):

@@ -341,7 +341,7 @@ async def test_echo_of_100_megabytes(serve_tcp: ServeTcp, nursery: trio.Nursery)
 
 @pytest.mark.parametrize(
     ("malformed", "reason"),
-    [(b"\x00", "operand count is 0"), (request_bytes([1, 2], "/"), "operator is b'/'")],
+    [(b"\x00", "operand count is 0"), (request_bytes([1, 2], "/"), "operator must be one of + - *, not b'/'")],
     ids=["no operands", "unknown operator"],
 )
 async def test_op_malformed_request(
@@ -447,4 +447,4 @@ async def test_tls_that_is_none(
             await client.do_handshake()
             await client.transport_stream.aclose()
     [message] = caplog.messages
-    assert "broke the connection, awaiting a TLS handshake" in message
+    assert "connection broken while waiting for a TLS handshake" in message

@@ -78,12 +78,12 @@ def test_one_warning_for_each_episode(caplog: pytest.LogCaptureFixture) -> None:
     limit = ClientLimit(2)
     client, other = v4("192.0.2.1"), v6("2001:db8::1")
     assert [limit.enter(client) for _ in range(5)] == [True, True, False, False, False]
-    assert caplog.messages == ["192.0.2.1 has 2 connections, the most that a client may have: more are refused"]
+    assert caplog.messages == ["192.0.2.1 has 2 connections, the maximum for one client: more are refused"]
     limit.leave(client)
     assert [limit.enter(client) for _ in range(3)] == [True, False, False]
     assert len(caplog.messages) == 2
     assert [limit.enter(other) for _ in range(5)] == [True, True, False, False, False]
-    assert caplog.messages[2:] == ["2001:db8::/64 has 2 connections, the most that a client may have: more are refused"]
+    assert caplog.messages[2:] == ["2001:db8::/64 has 2 connections, the maximum for one client: more are refused"]
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
 
 
@@ -155,7 +155,7 @@ async def test_more_are_reset(caplog: pytest.LogCaptureFixture) -> None:
         for stream in streams:
             assert await echo_request(stream, b"hello") == b"hello"
     assert (server.stats.accepted, server.stats.refused, server.stats.active) == (6, 3, 0)
-    assert caplog.messages == ["127.0.0.1 has 2 connections, the most that a client may have: more are refused"]
+    assert caplog.messages == ["127.0.0.1 has 2 connections, the maximum for one client: more are refused"]
 
 
 async def crash(stream: trio.SocketStream) -> None:
@@ -248,7 +248,7 @@ async def test_network_in_memory(nursery: trio.Nursery, autojump_clock: trio.tes
 async def test_command_line(workers: int) -> None:
     """The option reaches the server, and each worker, which counts its own connections."""
     options = [f"--workers={workers}", "--max-connections-per-client=1"]
-    complaint = r"127\.0\.0\.1 has 1 connections, the most that a client may have: more are refused"
+    complaint = r"127\.0\.0\.1 has 1 connections, the maximum for one client: more are refused"
     async with serving_process("op", *options, complaints=[complaint]) as server, contextlib.AsyncExitStack() as stack:
         served = 0
         # The reset may come before connecting is done.
@@ -263,5 +263,5 @@ async def test_command_line(workers: int) -> None:
 @pytest.mark.parametrize("limit", [0, -1])
 async def test_limit_out_of_range(limit: int) -> None:
     """Nobody could be served at all: that is a mistake, and known before anything is open."""
-    with pytest.raises(ValueError, match=f"max_connections_per_client is {limit}"):
+    with pytest.raises(ValueError, match=f"max_connections_per_client must be at least 1, not {limit}"):
         await serve_tcp(echo_handler, 0, max_connections_per_client=limit)

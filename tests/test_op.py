@@ -20,20 +20,20 @@ MAX = 2**31 - 1
 # Bytes that are no request, and what the log says of them.
 MALFORMED = [
     (b"\x00", "operand count is 0"),
-    (b"\x01\x05\x00\x00\x00/", "operator is b'/'"),
-    (b"\x01\x05\x00\x00\x00\x00", r"operator is b'\x00'"),
-    (b"\x02\x05\x00\x00\x00\x05\x00\x00\x00\xff", r"operator is b'\xff'"),
+    (b"\x01\x05\x00\x00\x00/", "operator must be one of + - *, not b'/'"),
+    (b"\x01\x05\x00\x00\x00\x00", r"operator must be one of + - *, not b'\x00'"),
+    (b"\x02\x05\x00\x00\x00\x05\x00\x00\x00\xff", r"operator must be one of + - *, not b'\xff'"),
 ]
 NOT_REQUESTS: list[tuple[Sequence[object], str, str]] = [
-    ([], "+", "0 operands"),
-    ([1] * 256, "+", "256 operands"),
-    ([1, MAX + 1], "+", "operand 2 is 2147483648"),
-    ([MIN - 1], "+", "operand 1 is -2147483649"),
-    ([1, 2, 0.5], "+", "operand 3 is 0.5"),
-    (["1"], "+", "operand 1 is '1'"),
-    ([1, 2], "/", "operator is '/'"),
-    ([1, 2], "", "operator is ''"),
-    ([1, 2], "+-", "operator is '\\+-'"),
+    ([], "+", "operands, not 0"),
+    ([1] * 256, "+", "operands, not 256"),
+    ([1, MAX + 1], "+", "operand 2 must be in int32, -2147483648 to 2147483647, not 2147483648"),
+    ([MIN - 1], "+", "operand 1 must be in int32, -2147483648 to 2147483647, not -2147483649"),
+    ([1, 2, 0.5], "+", "operand 3 must be an integer, not 0.5"),
+    (["1"], "+", "operand 1 must be an integer, not '1'"),
+    ([1, 2], "/", "operator must be .*, not '/'"),
+    ([1, 2], "", "operator must be .*, not ''"),
+    ([1, 2], "+-", "operator must be .*, not '\\+-'"),
 ]
 
 
@@ -219,7 +219,7 @@ async def test_handler_with_unfinished_request(end: int, caplog: pytest.LogCaptu
     sent = request_bytes([1, 2], "+") + request_bytes([3, 4], "*")[:end]
     assert await converse(op_handler, sent) == int32_bytes(3)
     [message] = caplog.messages
-    assert message == "StapledStream: ended in the middle of a request"
+    assert message == "StapledStream: end of stream in the middle of a request"
 
 
 async def test_handler_logs_nothing_of_good_clients(caplog: pytest.LogCaptureFixture) -> None:

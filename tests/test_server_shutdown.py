@@ -93,7 +93,7 @@ async def test_grace_period(
         assert await client.receive_some() == b""
     [record] = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.getMessage() == f"the grace period of {grace_period} s is over: cancelled what was left"
+    assert record.getMessage() == f"the grace period of {grace_period} s expired: cancelled the rest"
 
 
 async def test_grace_period_is_for_all(autojump_clock: trio.testing.MockClock) -> None:

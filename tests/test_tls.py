@@ -353,7 +353,7 @@ async def test_time_of_a_handshake_whose_waits_are_cancelled() -> None:
                 await connection.receive_some()
 
     with trio.fail_after(LIMIT):
-        with pytest.raises(ClientError, match="timed out, awaiting a TLS handshake"):
+        with pytest.raises(ClientError, match="timed out waiting for a TLS handshake"):
             await poll()
         await connection.aclose()
         await client.aclose()

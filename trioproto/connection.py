@@ -497,7 +497,7 @@ class Connection(trio.abc.HalfCloseableStream):
         On cancellation, no byte is lost. A checkpoint, except inside a request for what has already arrived.
         """
         if n < 0:
-            raise ValueError(f"cannot receive {n} bytes")
+            raise ValueError(f"n must be at least 0, not {n}")
         if self._receiving or not self._begun or self._buffer.size < n:
             await self._receive_until_complete(lambda: self._buffer.size >= n)
         return self._buffer.take(n)
@@ -516,7 +516,7 @@ class Connection(trio.abc.HalfCloseableStream):
         On cancellation, no byte is lost. A checkpoint, except inside a request for what has already arrived.
         """
         if not delimiter:
-            raise ValueError("the delimiter is empty")
+            raise ValueError("the delimiter must not be empty")
         found = -1
         searched = 0
 
@@ -668,7 +668,7 @@ class Connection(trio.abc.HalfCloseableStream):
         if self._drain.began_at is not None:
             return True
         if not self._sending:  # otherwise it is for the sending task to say whether the client is still there
-            raise ClientError("timed out, awaiting a request", self, "idle", logging.DEBUG)
+            raise ClientError("timed out waiting for a request", self, "idle", logging.DEBUG)
         self._idle_due = None
         return False
 
@@ -814,7 +814,7 @@ class Connection(trio.abc.HalfCloseableStream):
             except trio.ClosedResourceError:  # by somebody who was not to use the stream; the handler will see it
                 return
         if self.unsent > self._max_unsent:
-            message = f"overrun: {self.unsent} bytes pushed and not taken, more than {self._max_unsent}"
+            message = f"overrun: {self.unsent} unsent bytes, more than {self._max_unsent}"
             self._end_block(ClientError(message, self, "overrun", logging.WARNING))
         self._wake_others()
 
@@ -864,7 +864,7 @@ class Connection(trio.abc.HalfCloseableStream):
         if self._send_all_busy:
             raise trio.BusyResourceError("another task is sending to this connection")
         if self._eof_sent:
-            raise trio.ClosedResourceError("this side of the connection was ended")
+            raise trio.ClosedResourceError("the end of the stream was already sent")
         self._send_all_busy = True
 
     def _end_sending(self) -> None:
@@ -1065,22 +1065,22 @@ class Connection(trio.abc.HalfCloseableStream):
             raise _ClosedError(self)
 
     def _too_late(self, what: str) -> ClientError:
-        return ClientError(f"timed out, awaiting {what}", self, "late", logging.WARNING)
+        return ClientError(f"timed out waiting for {what}", self, "late", logging.WARNING)
 
     def _failure(self, what: str, error: trio.BrokenResourceError | trio.ClosedResourceError) -> Exception:
         if isinstance(error, trio.ClosedResourceError):
             return _ClosedError(self)
         # A client that breaks off is no news; one that does not get as far as TLS may be.
         level = logging.WARNING if what == _HANDSHAKE else logging.DEBUG
-        message = f"broke the connection, awaiting {what}: {failure_reason(error)}"
+        message = f"connection broken while waiting for {what}: {failure_reason(error)}"
         return ClientError(message, self, "reset", level)
 
     def _ended_early(self) -> ClientError:
         if not self._ended:
-            return ClientError("the server stops", self, "stopped", logging.DEBUG)
+            return ClientError("the server is stopping", self, "stopped", logging.DEBUG)
         if not self._begun:
-            return ClientError("ended", self, "ended", logging.DEBUG)
-        return ClientError("ended in the middle of a request", self, "ended", logging.WARNING)
+            return ClientError("end of stream", self, "ended", logging.DEBUG)
+        return ClientError("end of stream in the middle of a request", self, "ended", logging.WARNING)
 
 
 class _Requests(Generic[RequestT]):

@@ -46,7 +46,7 @@ class ClientLimit:
         if client not in self._refused:
             self._refused.add(client)
             name = _name(client)
-            _log.warning("%s has %d connections, the most that a client may have: more are refused", name, count)
+            _log.warning("%s has %d connections, the maximum for one client: more are refused", name, count)
         return False
 
     def leave(self, address: object) -> None:

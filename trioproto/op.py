@@ -49,17 +49,17 @@ def _as_tuple(operands: Iterable[int]) -> tuple[int, ...]:
 
 def _check_operands(_request: object, _attribute: object, operands: tuple[object, ...]) -> None:
     if not 1 <= len(operands) <= MAX_OPERANDS:
-        raise ValueError(f"{len(operands)} operands: a request has 1 to {MAX_OPERANDS}")
+        raise ValueError(f"a request has 1 to {MAX_OPERANDS} operands, not {len(operands)}")
     for number, operand in enumerate(operands, 1):
         if not isinstance(operand, int):
-            raise ValueError(f"operand {number} is {operand!r}: not an integer")  # noqa: TRY004 - one error for all
+            raise ValueError(f"operand {number} must be an integer, not {operand!r}")  # noqa: TRY004 - one error for all
         if not INT32_MIN <= operand <= INT32_MAX:
-            raise ValueError(f"operand {number} is {operand}: not in int32, {INT32_MIN} to {INT32_MAX}")
+            raise ValueError(f"operand {number} must be in int32, {INT32_MIN} to {INT32_MAX}, not {operand}")
 
 
 def _check_operator(_request: object, _attribute: object, operator: str) -> None:
     if operator not in ("+", "-", "*"):
-        raise ValueError(f"operator is {operator!r}: not one of + - *")
+        raise ValueError(f"operator must be one of + - *, not {operator!r}")
 
 
 @attrs.frozen
@@ -137,7 +137,7 @@ def _complete_requests(data: bytes) -> Iterator[tuple[tuple[int, ...], int, int]
             return
         operator = data[end - 1]
         if operator not in _FOLDS:
-            raise ProtocolError(f"operator is {bytes([operator])!r}: not one of + - *")
+            raise ProtocolError(f"operator must be one of + - *, not {bytes([operator])!r}")
         yield _OPERANDS[count].unpack_from(data, start + 1), operator, end
         start = end
 

@@ -216,7 +216,7 @@ async def serve_listeners(
                 scope.cancel()
             drain.begin()
     if nursery.cancel_scope.cancelled_caught:
-        _log.warning("the grace period of %s s is over: cancelled what was left", grace_period)
+        _log.warning("the grace period of %s s expired: cancelled the rest", grace_period)
     return connections.stats()
 
 
@@ -290,15 +290,15 @@ def check_settings(
 ) -> None:
     """Raise `ValueError` for a setting of `serve_listeners` that is out of its range."""
     if tick is not None and not tick > 0:
-        raise ValueError(f"tick is {tick}: not above 0 seconds")
+        raise ValueError(f"tick must be above 0 seconds, not {tick}")
     if on_tick is not None and tick is None:
-        raise ValueError("on_tick needs a tick")
+        raise ValueError("on_tick requires tick")
     if max_connections is not None and max_connections < 1:
-        raise ValueError(f"max_connections is {max_connections}: not 1 or more")
+        raise ValueError(f"max_connections must be at least 1, not {max_connections}")
     if max_connections_per_client is not None and max_connections_per_client < 1:
-        raise ValueError(f"max_connections_per_client is {max_connections_per_client}: not 1 or more")
+        raise ValueError(f"max_connections_per_client must be at least 1, not {max_connections_per_client}")
     if not grace_period >= 0:
-        raise ValueError(f"grace_period is {grace_period}: not 0 seconds or more")
+        raise ValueError(f"grace_period must be at least 0 seconds, not {grace_period}")
 
 
 class _Connections:

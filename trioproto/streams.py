@@ -51,7 +51,7 @@ async def receive_exactly(stream: trio.abc.ReceiveStream, n: int) -> bytes:
     A checkpoint, even when nothing has to be waited for.
     """
     if n < 0:
-        raise ValueError(f"cannot receive {n} bytes")
+        raise ValueError(f"n must be at least 0, not {n}")
     if n == 0:
         await trio.lowlevel.checkpoint()
     received = bytearray()

@@ -121,7 +121,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
                     pieces.append(self._decrypt())
                 data = b"".join(pieces)
             if self._outgoing.pending + len(self._encrypted) > _PIECE + _MAX_ANSWERS:
-                raise trio.BrokenResourceError("the peer asks for new keys again and again")
+                raise trio.BrokenResourceError("too many key updates from the peer")
             if data:
                 return data
         if isinstance(self._end, ssl.SSLError):
@@ -302,7 +302,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
 
     def _check_sending(self) -> None:
         if self._eof_sent:
-            raise trio.ClosedResourceError("this side of the connection was ended")
+            raise trio.ClosedResourceError("the end of the stream was already sent")
         if self._cut:
             raise trio.BrokenResourceError("an earlier send was cut off")
 

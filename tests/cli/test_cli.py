@@ -270,11 +270,11 @@ def test_help(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
         ("echo-client --host ::1 --unix socket", "either to --unix or to --host and --port"),
         ("op --fd 5 --fd 2 --workers 3", "--fd must be at least 3 with --workers"),
         ("echo-client --stdin hello", "not allowed with argument"),
-        ("op-client +", "0 operands: a request has 1 to 255"),
-        ("op-client " + "1 " * 256 + "+", "256 operands: a request has 1 to 255"),
+        ("op-client +", "a request has 1 to 255 operands, not 0"),
+        ("op-client " + "1 " * 256 + "+", "a request has 1 to 255 operands, not 256"),
         ("op-client 1 two +", "operand 'two' is not an integer"),
-        ("op-client 1 2147483648 +", "operand 2 is 2147483648: not in int32"),
-        ("op-client 1 2 /", "operator is '/': not one of + - *"),
+        ("op-client 1 2147483648 +", "operand 2 must be in int32, -2147483648 to 2147483647, not 2147483648"),
+        ("op-client 1 2 /", "operator must be one of + - *, not '/'"),
     ],
 )
 def test_wrong_arguments(words: str, complaint: str) -> None:
@@ -568,7 +568,7 @@ def test_op_dialogue(typed: bytes, op_port: str) -> None:
     [
         (b"256\n", "operand count is 256: not 1 to 255"),
         (b"1\ntwo\n", "'two' is not an integer"),
-        (b"1\n1\n\xff\n", r"operator is '\\xff': not one of + - *"),
+        (b"1\n1\n\xff\n", r"operator must be one of + - *, not '\\xff'"),
         (b"2\n1\n", "the input ended before the request was complete"),
     ],
 )

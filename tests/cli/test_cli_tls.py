@@ -155,7 +155,7 @@ def test_stop_does_not_wait_for_a_handshake(files: Path) -> None:
             _, log = server.communicate(timeout=TIMEOUT)
             assert silent.recv(1) == b""
     assert server.returncode == 0
-    assert f"to 127.0.0.1:{port}: timed out, awaiting a TLS handshake" in log
+    assert f"to 127.0.0.1:{port}: timed out waiting for a TLS handshake" in log
 
 
 def test_pipe_for_workers(files: Path, tmp_path: Path) -> None:

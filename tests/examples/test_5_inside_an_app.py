@@ -65,7 +65,7 @@ def test_example_shows_what_a_stop_does_to_each_client() -> None:
         "late": ["cannot connect"],
         "stuck": ["end of stream"],
         "app": [
-            "logs: the grace period of 1.0 s is over: cancelled what was left",
+            "logs: the grace period of 1.0 s expired: cancelled the rest",
             "has stopped, and every connection has ended",
         ],
     }

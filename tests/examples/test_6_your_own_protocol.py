@@ -32,7 +32,7 @@ async def test_every_fragmentation() -> None:
         (b"S\x00\x01k\x03\xe9" + bytes(1001), "protocol error: a string of 1001 bytes: more than 1000"),
         (b"G\x80\x00", "protocol error: a string of 32768 bytes: more than 1000"),
         (b"HELO", "protocol error: command b'H': not S or G"),
-        (b"S\x00\x09half", "ended in the middle of a request"),
+        (b"S\x00\x09half", "end of stream in the middle of a request"),
     ],
 )
 async def test_hostile_input_ends_the_connection(hostile: bytes, said: str, caplog: pytest.LogCaptureFixture) -> None:

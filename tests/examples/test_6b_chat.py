@@ -117,7 +117,7 @@ async def test_slow_client_delays_no_other_and_is_disconnected(
         assert (await heard(bob)).endswith(b"Ann: " + 800 * b"x" + b"\nCarl has left.\n")
 
     (record,) = caplog.records
-    assert re.search(rf"overrun: \d+ bytes pushed and not taken, more than {most}$", record.message)
+    assert re.search(rf"overrun: \d+ unsent bytes, more than {most}$", record.message)
 
 
 async def test_client_that_only_listens_stays_until_nothing_is_said_for_an_hour(
@@ -241,7 +241,7 @@ def test_example_shows_the_slow_client_being_disconnected() -> None:
     assert len(waiting) >= 4
     assert waiting == sorted(waiting)
     before, after = run.stdout.split("to everybody: Carl has left.\n")
-    assert re.search(r"the server logs: 127\.0\.0\.1:\d+ to .*: overrun: \d+ bytes pushed and not taken", before)
+    assert re.search(r"the server logs: 127\.0\.0\.1:\d+ to .*: overrun: \d+ unsent bytes", before)
     assert set(re.findall(r"(\d+) bytes$", after, re.MULTILINE)) == {"0"}
     slowest = re.search(r"Bob has received every line, the slowest after ([\d.]+) ms", after)
     assert slowest is not None

@@ -297,7 +297,7 @@ async def test_player_that_receives_nothing_is_disconnected(
         await trio.sleep(1)
 
     assert not stream.players
-    assert [record.message for record in caplog.records] == ["StapledStream: timed out, awaiting room for a reply"]
+    assert [record.message for record in caplog.records] == ["StapledStream: timed out waiting for room for a reply"]
 
 
 async def test_name_in_use_is_refused_until_its_publisher_leaves(autojump_clock: Clock, room: Room) -> None:
@@ -490,7 +490,7 @@ async def test_receipt_is_acknowledged_after_each_window() -> None:
     ("hostile", "said"),
     [
         (b"GET / HTTP/1.0\r\n\r\n", "protocol error: not RTMP: C0 has version 71, not 3"),
-        (b"\x03" + bytes(1535), "ended in the middle of a request"),
+        (b"\x03" + bytes(1535), "end of stream in the middle of a request"),
     ],
 )
 async def test_garbage_instead_of_a_handshake_ends_in_one_line(
@@ -547,7 +547,7 @@ async def test_end_inside_a_message_is_one_log_line(caplog: pytest.LogCaptureFix
     """A client that ends the connection in the middle of a message is logged."""
     await converse_after_handshake(CONNECT[:-1])
 
-    assert [record.message for record in caplog.records] == ["StapledStream: ended in the middle of a request"]
+    assert [record.message for record in caplog.records] == ["StapledStream: end of stream in the middle of a request"]
 
 
 async def test_silent_client_times_out(autojump_clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
@@ -561,7 +561,7 @@ async def test_silent_client_times_out(autojump_clock: Clock, caplog: pytest.Log
             assert trio.current_time() == 30
             await client.aclose()
 
-    assert [record.message for record in caplog.records] == ["StapledStream: timed out, awaiting a request"]
+    assert [record.message for record in caplog.records] == ["StapledStream: timed out waiting for a request"]
 
 
 async def test_slow_message_times_out(autojump_clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
@@ -580,7 +580,9 @@ async def test_slow_message_times_out(autojump_clock: Clock, caplog: pytest.LogC
             assert await client.receive_some() == b""
             await client.aclose()
 
-    assert [record.message for record in caplog.records] == ["StapledStream: timed out, awaiting the rest of a request"]
+    assert [record.message for record in caplog.records] == [
+        "StapledStream: timed out waiting for the rest of a request"
+    ]
 
 
 async def test_control_characters_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

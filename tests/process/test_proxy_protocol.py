@@ -486,7 +486,7 @@ async def test_late_header(
         await be_reset(stream)
         assert trio.current_time() - began == pytest.approx(20, abs=0.1)
     name = format_address(stream.local_address)
-    assert warnings(caplog) == [f"{name} to server:9000: timed out, awaiting a PROXY header"]
+    assert warnings(caplog) == [f"{name} to server:9000: timed out waiting for a PROXY header"]
 
 
 @pytest.mark.parametrize("part", [b"", V4[:3], V4[:20]])
@@ -577,7 +577,7 @@ async def test_limit_is_the_clients(autojump_clock: trio.testing.MockClock, capl
         await trio.sleep(10)
         again = await client(v1("TCP4 203.0.113.0 0.0.0.0 3 3"))
         assert await again.receive_some() == b"203.0.113.0:3\n"
-    assert warnings(caplog) == ["203.0.113.0 has 1 connections, the most that a client may have: more are refused"]
+    assert warnings(caplog) == ["203.0.113.0 has 1 connections, the maximum for one client: more are refused"]
     assert (server.stats.accepted, server.stats.refused) == (9, 2)
 
 
@@ -630,7 +630,7 @@ async def test_reset_on_a_socket(caplog: pytest.LogCaptureFixture) -> None:
         reset(stream)
         await trio.testing.wait_all_tasks_blocked(0.02)
     assert warnings(caplog) == []
-    assert any("awaiting a PROXY header: Connection reset by peer" in line for line in caplog.messages)
+    assert any("waiting for a PROXY header: Connection reset by peer" in line for line in caplog.messages)
 
 
 @pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="this system has no UNIX sockets")
@@ -671,7 +671,7 @@ async def test_command_line(workers: str) -> None:
     """The options reach the servers, also through a supervisor: all networks, and the time that a header has."""
     options = ["--proxy-protocol=127.0.0.8", "--proxy-protocol=127.0.0.0/30", "--request-timeout=0.3"]
     complaints = [
-        r"127\.0\.0\.1:\d+ to 127\.0\.0\.1:\d+: timed out, awaiting a PROXY header",
+        r"127\.0\.0\.1:\d+ to 127\.0\.0\.1:\d+: timed out waiting for a PROXY header",
         r"127\.0\.0\.9:\d+ to 127\.0\.0\.1:\d+: refused: no trusted proxy",
         r"203\.0\.113\.1:56324 to 127\.0\.0\.1:\d+: protocol error: .*",
     ]
@@ -711,8 +711,8 @@ async def test_header_before_tls(tmp_path: Path) -> None:
     authority.configure_trust(trust)
     options = ["--proxy-protocol=127.0.0.1", f"--tls-cert={tmp_path / 'server.pem'}", "--max-connections-per-client=1"]
     complaints = [
-        r"203\.0\.113\.1:56324 to 127\.0\.0\.1:\d+: broke the connection, awaiting a TLS handshake: .*",
-        r"203\.0\.113\.1 has 1 connections, the most that a client may have: more are refused",
+        r"203\.0\.113\.1:56324 to 127\.0\.0\.1:\d+: connection broken while waiting for a TLS handshake: .*",
+        r"203\.0\.113\.1 has 1 connections, the maximum for one client: more are refused",
     ]
     async with serving("op", *options, complaints=complaints) as server:
 

@@ -18,7 +18,7 @@ from processes import ANSWER, COMMAND, HANGS, QUESTION, Server, paused, receive,
 from trioproto.process.service import SAME_SIGNAL_SECONDS
 
 WORKERS = pytest.mark.parametrize("workers", ["--workers=1", "--workers=2"])
-STOPS_BY_FORCE = r"the grace period of 0\.5 s is over: cancelled what was left"
+STOPS_BY_FORCE = r"the grace period of 0\.5 s expired: cancelled the rest"
 SECOND_SIGNAL = r"a second signal: cancelled what was under way"
 
 # Runs a command as systemd does: with a listening socket as descriptor 3, and two variables that tell of it.

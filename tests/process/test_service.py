@@ -212,7 +212,7 @@ async def test_grace_period(caplog: pytest.LogCaptureFixture) -> None:
     async with served(handler, grace_period=0.1) as server, await server.connect() as stream:
         server.send_signal()
         assert await receive_all(stream) == b""
-    assert "the grace period of 0.1 s is over: cancelled what was left" in caplog.messages
+    assert "the grace period of 0.1 s expired: cancelled the rest" in caplog.messages
 
 
 async def test_second_signal_cancels_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,13 +481,13 @@ async def test_port_in_use(free_port: int) -> None:
         ({"port": 65536}, "port must be"),
         ({"port": None}, "there must be a port"),
         ({"host": []}, "there must be a port"),
-        ({"max_connections": 0}, "max_connections is 0"),
-        ({"max_connections_per_client": 0}, "max_connections_per_client is 0"),
+        ({"max_connections": 0}, "max_connections must be at least 1, not 0"),
+        ({"max_connections_per_client": 0}, "max_connections_per_client must be at least 1, not 0"),
         ({"proxy_protocol": ["10.0.0.1/8"]}, "has host bits set"),
-        ({"proxy_timeout": 0}, "proxy_timeout is 0"),
-        ({"grace_period": -1}, "grace_period is -1"),
-        ({"tick": 0}, "tick is 0"),
-        ({"on_tick": print}, "on_tick needs a tick"),
+        ({"proxy_timeout": 0}, "proxy_timeout must be above 0 seconds, not 0"),
+        ({"grace_period": -1}, "grace_period must be at least 0 seconds, not -1"),
+        ({"tick": 0}, "tick must be above 0 seconds, not 0"),
+        ({"on_tick": print}, "on_tick requires tick"),
     ],
 )
 async def test_settings_out_of_range(settings: dict[str, Any], complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:

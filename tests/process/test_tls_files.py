@@ -284,7 +284,7 @@ async def test_no_handshake(
             nursery.cancel_scope.cancel()
         assert trio.current_time() == pytest.approx(5)
         await still_served(listener, client)
-    assert one_warning(caplog) == f"{CLIENT}: timed out, awaiting a TLS handshake"
+    assert one_warning(caplog) == f"{CLIENT}: timed out waiting for a TLS handshake"
 
 
 async def dribble(stream: trio.abc.SendStream, data: bytes, interval: float) -> None:
@@ -316,7 +316,7 @@ async def test_plain_client(
         while await stream.receive_some():
             pass
         await still_served(listener, client)
-    assert one_warning(caplog).startswith(f"{CLIENT}: broke the connection, awaiting a TLS handshake: ")
+    assert one_warning(caplog).startswith(f"{CLIENT}: connection broken while waiting for a TLS handshake: ")
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
@@ -342,7 +342,7 @@ async def test_wrong_certificate(
             await echo_request(stream, b"hello")
         await stream.aclose()
         await still_served(listener, good)
-    assert one_warning(caplog).startswith(f"{CLIENT}: broke the connection, awaiting a TLS handshake: ")
+    assert one_warning(caplog).startswith(f"{CLIENT}: connection broken while waiting for a TLS handshake: ")
 
 
 # Closing.
@@ -447,4 +447,4 @@ async def test_client_that_takes_no_reply(
             nursery.start_soon(partial(echo_handler, trio.SSLStream(theirs, server, server_side=True), idle_timeout=10))
             await stream.send_all(b"hello")
     assert trio.current_time() == pytest.approx(10 + LINGER_SECONDS, abs=LINGER_SECONDS)
-    assert one_warning(caplog) == "SSLStream: timed out, awaiting room for a reply"
+    assert one_warning(caplog) == "SSLStream: timed out waiting for room for a reply"

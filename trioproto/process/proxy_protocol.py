@@ -243,7 +243,7 @@ async def _learn_client(accepted: Accepted, stream: trio.abc.Stream, header_time
     """Receive the header, and note whom it names. Return False, after a line in the log, if there is none."""
     proxy = accepted.peer
     how: Ending = "late"
-    level, what = logging.WARNING, "timed out, awaiting a PROXY header"
+    level, what = logging.WARNING, "timed out waiting for a PROXY header"
     try:
         earliest = accepted.at + FIRST_REQUEST_GRACE
         with trio.move_on_after(header_timeout), accepted.drain.ends_wait(earliest=earliest) as stop:
@@ -253,7 +253,7 @@ async def _learn_client(accepted: Accepted, stream: trio.abc.Stream, header_time
             _log.debug("%s to %s: a PROXY header names %s", proxy, accepted.server, accepted.peer)
             return True
         if stop.cancelled_caught:
-            how, level, what = "stopped", logging.DEBUG, "the server stops"
+            how, level, what = "stopped", logging.DEBUG, "the server is stopping"
     except HeaderError as error:
         how, what = "malformed", str(error)
     except IncompleteReadError as error:  # a health check may just connect, and end that
@@ -261,7 +261,7 @@ async def _learn_client(accepted: Accepted, stream: trio.abc.Stream, header_time
         what = f"no PROXY header: {error}"
     except trio.BrokenResourceError as error:
         how, level = "reset", logging.DEBUG
-        what = f"broke the connection, awaiting a PROXY header: {failure_reason(error)}"
+        what = f"connection broken while waiting for a PROXY header: {failure_reason(error)}"
     accepted.how = how
     _log.log(level, "%s to %s: %s", proxy, accepted.server, what)
     return False

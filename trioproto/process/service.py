@@ -151,7 +151,7 @@ async def serve_until_signal(
     """
     trusted = [trusted_network(network) for network in proxy_protocol]
     if not proxy_timeout > 0:
-        raise ValueError(f"proxy_timeout is {proxy_timeout}: not above 0 seconds")
+        raise ValueError(f"proxy_timeout must be above 0 seconds, not {proxy_timeout}")
     # Before anything is open.
     check_handler(handler)
     check_settings(tick, on_tick, max_connections, max_connections_per_client, grace_period)

@@ -89,7 +89,7 @@ class Network:
         """
         address = (host, port or next(free for free in DYNAMIC_PORTS if (host, free) not in self._listeners))
         if address in self._listeners:
-            raise OSError(errno.EADDRINUSE, f"{host} listens on port {address[1]} already")
+            raise OSError(errno.EADDRINUSE, f"{host} already listens on port {address[1]}")
         self._start(host)
         self._listeners[address] = NetworkListener(address, self, backlog)
         return self._listeners[address]
@@ -271,7 +271,7 @@ class NetworkStream(trio.abc.HalfCloseableStream):
 
     def _can_send(self) -> bool:
         if self._check() and self._eof_sent:
-            raise trio.ClosedResourceError("the end of the stream was sent")
+            raise trio.ClosedResourceError("the end of the stream was already sent")
         return self._room > 0
 
     def _settle(self) -> None:
