@@ -1,6 +1,6 @@
 r"""TCP servers on Trio: echo, a binary protocol, and the toolkit that both are built on.
 
-A handler is ``async def handler(stream) -> None``, and serves one client. This is a whole server, with time-outs,
+A handler is ``async def handler(stream) -> None`` and serves one client. This is a complete server, with time-outs,
 limits and a graceful stop::
 
     import trio
@@ -16,28 +16,28 @@ limits and a graceful stop::
 
     trio.run(serve_until_signal, shout, 9000)
 
-What there is, in the order in which a server needs it:
+The contents, in the order in which a server needs them:
 
-Bytes from any stream of Trio's, by count:
+Receiving a fixed number of bytes from any Trio stream:
     `receive_exactly`, which raises `IncompleteReadError` if the stream ends too early.
 
-One client's conversation:
-    `Connection`, a stream with time-outs, requests, pushing, and a safe end. It ends quietly, and with a line in the
-    log, on a `ClientError`, when the client breaks off or is too late, and on a `ProtocolError`, which a handler raises
-    when the client sends what it must not.
+Talking to one client:
+    `Connection`, a stream with time-outs, requests, pushing, and a safe close. Its block ends without an exception, and
+    with a log line, on a `ClientError` (the client disconnected or timed out) and on a `ProtocolError` (raised by a
+    handler when the client sends invalid data).
 
-The two protocols, each with the handler of its server, and its client's request:
-    `echo_handler` and `echo_request`; `op_handler` and `op_request`, and `calculate`, which is what op computes.
+The two protocols, each with a handler for servers and a request function for clients:
+    `echo_handler` and `echo_request`; `op_handler` and `op_request`, and `calculate`, which computes op's results.
 
-Serving, in a nursery of your app:
-    `serve_tcp` and `serve_listeners`, as Trio's functions of these names, and with limits, regular ticks, and a
-    graceful stop.
+Serving in a nursery of your app:
+    `serve_tcp` and `serve_listeners`, like Trio's functions of these names, with limits, regular ticks, and a graceful
+    stop.
 
-Serving, as all that a program does:
-    `serve_until_signal`, until SIGTERM or SIGINT comes. It returns a `ServerStats`, as the other two do, and as each
-    tick is told.
+Serving as a whole program:
+    `serve_until_signal`, which runs until SIGTERM or SIGINT. Like the other two, it returns a `ServerStats`, which is
+    also passed to each tick.
 
-In `trioproto.testing` are a network in memory and fakes of streams, for tests without a socket or a second of waiting.
+`trioproto.testing` has an in-memory network and fake streams, for tests without sockets or real waiting.
 `trioproto.draining` lets code without a `Connection` take part in a graceful stop.
 """
 

@@ -1,4 +1,4 @@
-"""How a socket's address is written, and why connecting to one failed: in log lines and in messages."""
+"""Format socket addresses and connection errors for log lines and messages."""
 
 import os
 import re
@@ -8,12 +8,12 @@ import trio
 
 
 def format_address(address: object) -> str:
-    """Write a socket address as ``127.0.0.1:9190``, ``[::1]:9190`` or ``unix:PATH``.
+    """Format a socket address as ``127.0.0.1:9190``, ``[::1]:9190`` or ``unix:PATH``.
 
     Args:
-        address: what `socket.socket.getsockname` or ``getpeername`` gives. For a UNIX socket that is its path;
-            an unnamed one, as a client's mostly is, becomes ``unix``. Whoever binds a socket chooses that path, so
-            what could forge a line of the log is escaped.
+        address: as `socket.socket.getsockname` or ``getpeername`` returns it. For a UNIX socket, this is its path;
+            an unnamed one, such as most clients', becomes ``unix``. The path is chosen by the process that binds the
+            socket, so characters that could forge log lines are escaped.
     """
     match address:
         case (str(host), int(port), *_):
@@ -31,13 +31,13 @@ def _printable(text: str) -> str:
 
 
 def peer_address(stream: trio.abc.AsyncResource) -> object:
-    """Return the address of the other end of ``stream``, as the system gives it; None if there is none to be had.
+    """Return the peer address of ``stream``, as the socket module represents it; None if it is not known.
 
-    A socket whose connection is already gone has no peer that the system could tell of.
+    For a socket whose connection is already gone, the kernel no longer knows the peer.
     """
-    stream = getattr(stream, "transport_stream", stream)  # TLS is on another one
+    stream = getattr(stream, "transport_stream", stream)  # below TLS
     if not isinstance(stream, trio.SocketStream):
-        return getattr(stream, "peer_address", None)  # a network in memory has addresses, too
+        return getattr(stream, "peer_address", None)  # streams of an in-memory network have addresses, too
     try:
         return stream.socket.getpeername()
     except OSError:
@@ -45,23 +45,23 @@ def peer_address(stream: trio.abc.AsyncResource) -> object:
 
 
 def peer_name(stream: trio.abc.AsyncResource) -> str:
-    """Name the other end of ``stream`` for a log line: its address, or the stream's class if it has none."""
+    """Return the peer of ``stream`` for log lines: its address, or the name of the stream's class if it has none."""
     address = peer_address(stream)
     return type(stream).__name__ if address is None else format_address(address)
 
 
 def failure_reason(error: BaseException) -> str:
-    """Say in the system's words why connecting failed, or a connection broke.
+    """Return the operating system's message for why connecting failed or a connection broke.
 
     Args:
-        error: what Trio raised: the first cause of it counts, through the groups that Trio makes and the errors that
-            it names below the one that it raises.
+        error: what Trio raised. The message is that of its root cause: the end of the chain of ``__cause__`` and, in
+            groups, first exceptions.
     """
     cause = error
     while (below := cause.exceptions[0] if isinstance(cause, BaseExceptionGroup) else cause.__cause__) is not None:
         cause = below
-    if isinstance(cause, ssl.SSLError):  # whose errno is none of the system's
-        return re.sub(r" \(_ssl\.c:\d+\)$", "", str(cause))  # where in Python's source it was raised
+    if isinstance(cause, ssl.SSLError):  # its errno is not the operating system's
+        return re.sub(r" \(_ssl\.c:\d+\)$", "", str(cause))  # drop the position in CPython's source
     if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
         return os.strerror(cause.errno)
     return getattr(cause, "strerror", None) or str(cause)

@@ -1,10 +1,10 @@
-"""What has arrived and is not taken yet, as plain synchronous code."""
+"""A receive buffer: bytes that have arrived and are not consumed yet. No I/O."""
 
 
 class ReceiveBuffer:
-    """Bytes that are put in at the end and taken from the start, in linear time however they come.
+    """Bytes that are appended at the end and taken from the start, in linear time for pieces of any size.
 
-    What one delivery brought is mostly taken as it is; nothing is copied then.
+    If the data of one receive is taken whole, as is usual, it is not copied.
 
     Attributes:
         size: how many bytes can be taken.
@@ -16,10 +16,10 @@ class ReceiveBuffer:
         self.size: int = 0
         self._bytes: bytes | bytearray = b""
         self._position = 0  # of the next byte to take
-        self._mark: int | None = None  # of the byte that `rewind` goes back to
+        self._mark: int | None = None  # position that `rewind` returns to
 
     def append(self, data: bytes) -> None:
-        """Put ``data`` in at the end."""
+        """Append ``data``."""
         kept = self._position if self._mark is None else self._mark
         if kept == len(self._bytes):
             self._bytes = data
@@ -34,10 +34,10 @@ class ReceiveBuffer:
         self.size += len(data)
 
     def take(self, n: int) -> bytes:
-        """Return the next ``n`` bytes; fewer if there are not so many."""
+        """Remove and return the next ``n`` bytes, or all of them if there are fewer."""
         end = self._position + n
         if isinstance(self._bytes, bytes):
-            data = self._bytes[self._position : end]  # all of it is no copy
+            data = self._bytes[self._position : end]  # no copy if it is all of them
         else:
             with memoryview(self._bytes) as view:
                 data = bytes(view[self._position : end])
@@ -48,12 +48,12 @@ class ReceiveBuffer:
         return data
 
     def find(self, delimiter: bytes, start: int) -> int:
-        """Return how many bytes are in front of the first ``delimiter`` from byte ``start`` on; -1 if there is none."""
+        """Return how many bytes are before the first ``delimiter`` at or after byte ``start``; -1 if there is none."""
         found = self._bytes.find(delimiter, self._position + start)
         return -1 if found < 0 else found - self._position
 
     def give_back(self, data: bytes) -> None:
-        """Put ``data``, which was taken last, back at the start."""
+        """Put ``data``, the bytes that were taken last, back at the start."""
         start = self._position - len(data)
         if start >= 0 and self._bytes.startswith(data, start):
             self._position = start
@@ -62,18 +62,18 @@ class ReceiveBuffer:
         self.size += len(data)
 
     def mark(self) -> None:
-        """Note the next byte, and keep what is taken from here on."""
+        """Mark the next byte, and keep what is taken from here on, for `rewind`."""
         self._mark = self._position
 
     def rewind(self) -> None:
-        """Go back to the byte that was marked."""
+        """Return to the marked byte."""
         if self._mark is not None:
             self.size += self._position - self._mark
             self._position = self._mark
             self._mark = None
 
     def unmark(self) -> None:
-        """Keep what was taken no longer."""
+        """Remove the mark: what was taken need not be kept."""
         self._mark = None
         if not self.size:
             self.clear()

@@ -1,8 +1,7 @@
-"""`Connection`: one client's conversation, for every kind of handler.
+"""`Connection`: a server's side of the conversation with one client, for every kind of handler.
 
-A handler reads like its protocol: it receives, sends, and pushes. What it would otherwise have to see to lives behind
-that: time-outs, back-pressure, a server's graceful stop, a client that breaks the connection or leaves the protocol,
-and closing without loss.
+A handler only has to receive, send, and push. `Connection` takes care of time-outs, back-pressure, the server's
+graceful stop, clients that disconnect or send invalid data, and closing without loss.
 """
 
 import contextlib
@@ -25,30 +24,30 @@ _log = logging.getLogger(__name__)
 
 RequestT = TypeVar("RequestT")
 
-# For how long our handlers wait for a client, unless they are told otherwise: for its next request, and for all of one
-# that has begun.
+# Default time-outs of our handlers, in seconds: for a client's next request to begin, and for a request that has begun
+# to be complete.
 IDLE_TIMEOUT = 300.0
 REQUEST_TIMEOUT = 30.0
 
-# A client that is connected when the server begins to stop, and has not sent anything yet, mostly has its first
-# request, or its TLS handshake, on the way. It has this many seconds, from when it was accepted, to get it here.
+# When a stop begins, a client that has just connected and not sent anything yet usually has its first request, or its
+# TLS handshake, on the way. It has this many seconds, from when it was accepted, for that to arrive.
 FIRST_REQUEST_GRACE = 1.0
 
-# A client that always has its next request on its way is answered for this many seconds of a stop, and then ended
-# between two requests. If nothing did, the end of the grace period would: in the middle of a reply.
+# In a stop, a client that never pauses between requests is answered for this many seconds. Its connection is then ended
+# between two requests. Otherwise, it would last until the end of the grace period, and be cut in the middle of a reply.
 LAST_REQUESTS_SECONDS = 1.0
 
-# So much may be pushed, in bytes, before `requests` waits until it is sent: a client that asks and does not take its
-# replies is not asked for more.
+# When this many pushed bytes are unsent, `requests` waits until they are sent. So it reads no more requests from a
+# client that does not receive its replies.
 MAX_OWED = 65536
 
-# Requests that have arrived together are taken up without waiting; after so many, the other tasks have their turn.
+# Requests that have arrived together are read without a checkpoint, except for one after this many.
 REQUESTS_PER_TURN = 64
 
-# How often one relay moves what the kernel has, before it looks whether the server stops.
+# How many times a relay moves data within the kernel before it checks whether the server is stopping.
 SPLICES_PER_TURN = 16
 
-# What a connection awaits from its client, in the words of the log.
+# What a connection waits for, as named in the log.
 _HANDSHAKE = "a TLS handshake"
 _REQUEST = "a request"
 _REST = "the rest of a request"
@@ -61,27 +60,28 @@ How = Literal["reset", "idle", "late", "ended", "overrun", "stopped"]
 
 
 class ProtocolError(ValueError):
-    """What a client sent is not in the protocol."""
+    """A client sent data that violates the protocol."""
 
 
 class ClientError(trio.BrokenResourceError):
-    """What a client did to its own connection; no error of the handler, which has no need to catch it.
+    """The conversation with a client cannot go on, through no fault of the handler, which need not catch this.
 
-    A loop that catches all exceptions must end on this one, which would come again and again.
+    A loop that catches all exceptions must end on this one, because every further call would raise it again.
 
     Attributes:
-        connection: the `Connection`. Its own block ends quietly on this; in another one's it is an error like others.
-        how: ``reset``, the client broke the connection; ``idle``, it sent no request in time; ``late``, it took too
-            long over one, over the TLS handshake, or to take what it was sent; ``ended``, it ended its side inside a
-            request; ``overrun``, it did not take what was pushed; or ``stopped``, its server stops, and what a handler
-            waited for outside of `Connection.requests` had not begun.
+        connection: the `Connection`. Its own block ends quietly on this; in the block of another one, it is an error
+            like any other.
+        how: ``reset``, the connection broke; ``idle``, the client began no request in time; ``late``, it took too long
+            to complete one or the TLS handshake, or to receive what it was sent; ``ended``, it ended its side inside a
+            request; ``overrun``, it did not receive what was pushed; or ``stopped``, the server is stopping, and a
+            message that a handler waited for outside of `Connection.requests` had not begun.
     """
 
     def __init__(self, message: str, connection: "Connection", how: How, level: int) -> None:
         super().__init__(message)
         self.connection = connection
         self.how = how
-        self.level = level  # of its line in the log
+        self.level = level  # of its log line
 
 
 class _ClosedError(trio.ClosedResourceError):
@@ -90,48 +90,49 @@ class _ClosedError(trio.ClosedResourceError):
         self.connection = connection
 
 
-# What a transport raises.
+# The exceptions of a transport.
 _FAILURES = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 
 class Connection(trio.abc.HalfCloseableStream):
-    """A server's side of the conversation with one client: a stream with time-outs, requests, and a safe end.
+    """A server's side of the conversation with one client: a stream with time-outs, requests, and a safe close.
 
-    Use it as an async context manager around the conversation. As a stream, it is one like Trio's own, for whatever is
-    written for those, except that it buffers: a receive that is cancelled loses no byte. (If it was just sending what
-    was pushed before, and the stream is no socket, nothing more can be sent then.) A client that wants to see the
-    errors of its connection uses it without the block, and closes it.
+    Use it as an async context manager around the conversation. It can be used like any Trio stream, except that it
+    buffers: a cancelled receive loses no data. (But if it was still sending what was pushed, on a stream other than a
+    socket, nothing more can be sent.) For a client that wants to see the errors of its connection, use it without the
+    block, and close it.
 
-    A block ends, without an error for the handler:
+    The block ends without an exception:
 
-    - When its body does. The client gets all that was sent and pushed, then end of stream, and is given a few seconds
-      to end its side, so that the system destroys nothing on its way.
-    - On a `ClientError` of this connection, also in a group, from a nursery inside the block. One that says what an
-      operator should know is logged, in one line.
-    - On a `ProtocolError`, whoever raised it: the client left the protocol. What is owed is still sent; the error's
-      message is logged as a warning.
-    - When another task called `aclose`.
+    - When its body ends. All that was sent and pushed is delivered, then end of stream. The client has a few seconds to
+      end its side, so that the kernel does not drop unsent data.
+    - On a `ClientError` of this connection, also in an exception group from a nursery inside the block. One that an
+      operator should know about is logged, in one line.
+    - On a `ProtocolError` from any source: the client violated the protocol. Pushed data is still sent. The message of
+      the error is logged as a warning.
+    - When another task has called `aclose`.
 
-    Every other error, and cancellation, closes the connection without sending anything more, and goes on. A connection
-    that is closed in the middle of what it was sending is reset, because half a message must not look like a whole one.
+    Any other exception, including cancellation, closes the connection without sending anything more, and propagates. A
+    connection that is closed in the middle of sending is reset, so that a truncated message cannot pass for a whole
+    one.
 
-    In its server's graceful stop, a wait for the next request becomes the end of the conversation: `requests` ends, and
-    `receive_some` returns ``b""``. What is partly received may be finished. A client that has sent nothing yet has a
-    second, from when it was accepted, for its first request (`FIRST_REQUEST_GRACE`). One that leaves nothing to wait
-    for is ended between two requests after a second (`LAST_REQUESTS_SECONDS`).
+    In the server's graceful stop, waiting for the next request ends: `requests` ends, and `receive_some` returns
+    ``b""``. A partly received request may be completed. A client that has not sent anything yet has a second, from when
+    it was accepted, for its first request (`FIRST_REQUEST_GRACE`). The connection of a client that never pauses is
+    ended between two requests after a second (`LAST_REQUESTS_SECONDS`).
 
     Args:
-        stream: any stream of Trio's. The connection takes charge of it: nobody else may use it.
-        idle_timeout: seconds, above 0, in which nothing moves, either way, before the client's next request begins; and
-            that the client may take to make room for more of what it is sent. `math.inf`, the default, is no limit.
+        stream: any Trio stream. The connection owns it: nothing else may use it.
+        idle_timeout: seconds, above 0, without data in either direction while waiting for the client's next request to
+            begin; and how long a send may wait for buffer space. `math.inf`, the default, is no limit.
         request_timeout: seconds, above 0, that a request may take from its first byte to its last, and that a TLS
             handshake may take. The default is no limit, too.
-        max_unsent: for pushing from any task: how many pushed bytes, 0 or more, may wait for the client before it is
-            let go. It should be more than the largest message. None: only the handler may push; what another task
-            pushes is held back until the handler next begins to wait for the client.
+        max_unsent: allows any task to push: how many pushed bytes, 0 or more, may be unsent before the client is
+            disconnected. It should be more than the largest message. None: only the handler may push; what another
+            task pushes is held back until the handler next begins to wait for the client.
 
     Raises:
-        ValueError: on creation, for an argument out of its range.
+        ValueError: on creation, for an argument out of range.
     """
 
     __slots__ = (
@@ -195,40 +196,40 @@ class Connection(trio.abc.HalfCloseableStream):
         # Receiving.
         self._buffer = ReceiveBuffer()
         self._fresh = True  # nothing was received yet
-        self._ended = False  # the client has sent its last
+        self._ended = False  # the client has ended its side
         self._begun = False  # a request, or another message, is partly received ...
-        self._due: float | None = None  # ... and must be complete by then, once it had to be waited for
-        self._idle_due: float | None = None  # until when the next message must begin, once it had to be waited for
-        self._taken_up = 0  # requests since the other tasks had their turn
+        self._due: float | None = None  # ... and its deadline, once it had to be waited for
+        self._idle_due: float | None = None  # deadline for the next message to begin, once it had to be waited for
+        self._taken_up = 0  # requests since the last checkpoint
         self._receiving = False
-        self._waiting: trio.CancelScope | None = None  # of the receive that waits
+        self._waiting: trio.CancelScope | None = None  # around a waiting receive
 
         # Sending.
-        self._promised = 0  # how many bytes were to be sent, from the beginning on ...
-        self._taken = 0  # ... and how many of them the system has taken
-        self._owed: list[bytes] = []  # what is pushed and not sent
-        self._rest: memoryview = _NOTHING  # what is being sent, and was not all taken
+        self._promised = 0  # total bytes to send so far ...
+        self._taken = 0  # ... and how many of them the kernel has accepted
+        self._owed: list[bytes] = []  # pushed, not sent yet
+        self._rest: memoryview = _NOTHING  # the unsent part of what is being sent
         self._rest_was_pushed = False
-        self._in_pipe = 0  # bytes of a relay that are on their way through the kernel
-        self._sending = False  # a task waits for room
+        self._in_pipe = 0  # bytes of a relay that are in a pipe
+        self._sending = False  # a task waits for buffer space
         self._send_all_busy = False
         self._others: trio.lowlevel.ParkingLot | None = None  # tasks that wait until another has sent, or pushed
         self._eof_sent = False
-        self._cut = False  # what was sent ends in the middle of a message
+        self._cut = False  # sending has stopped in the middle of a message
 
         # The block, if any task may push.
-        self._sender: contextlib.AsyncExitStack | None = None  # holds the nursery of the task that sends
+        self._sender: contextlib.AsyncExitStack | None = None  # holds the nursery of the sending task
         self._scope: trio.CancelScope | None = None  # around the body
-        self._let_go: ClientError | None = None  # why that scope was cancelled
+        self._let_go: ClientError | None = None  # why it was cancelled
 
     @property
     def peer(self) -> str:
-        """The client's address as text, for log lines: known also when the connection is gone."""
+        """The client's address as text, for log lines; still known after the connection is gone."""
         return self._accepted.peer
 
     @property
     def unsent(self) -> int:
-        """How many pushed bytes the system has not taken yet."""
+        """How many pushed bytes the kernel has not accepted yet."""
         unsent = self._promised - self._taken
         return unsent if self._rest_was_pushed else unsent - len(self._rest)
 
@@ -236,7 +237,7 @@ class Connection(trio.abc.HalfCloseableStream):
     def stopping(self) -> trio.Event:
         """A `trio.Event`, set when the server's graceful stop begins.
 
-        Never, if no server of trioproto's accepted the stream.
+        Never set if the stream was not accepted by a trioproto server.
         """
         return self._drain.began
 
@@ -251,7 +252,7 @@ class Connection(trio.abc.HalfCloseableStream):
             nursery.start_soon(self._send_what_is_pushed)
             self._scope = trio.CancelScope()
             self._scope.__enter__()
-            if self._let_go is not None:  # it was pushed too much before
+            if self._let_go is not None:  # too much was pushed before the block
                 self._scope.cancel()
         return self
 
@@ -260,11 +261,11 @@ class Connection(trio.abc.HalfCloseableStream):
     ) -> bool:
         rest = error
         if self._scope is not None:
-            # What cancelled the body here was an overrun or `aclose`, and ends here, too.
+            # If the scope was cancelled, by an overrun or `aclose`, it catches the cancellation here.
             try:
                 if self._scope.__exit__(kind, error, traceback):
                     rest = None
-            except BaseException as others:  # noqa: BLE001 - what is left of a group
+            except BaseException as others:  # noqa: BLE001 - the rest of a group
                 rest = others
         own, rest = (None, None) if rest is None else self._split(rest)
         own = self._let_go or own
@@ -281,7 +282,7 @@ class Connection(trio.abc.HalfCloseableStream):
         finally:
             self._drain.remove_callback(self._stop)
             self._drop()
-            self._let_go = None  # its traceback holds on to what was being sent, until garbage is collected
+            self._let_go = None  # its traceback would keep the data that was being sent alive
             await self._close_all(rest)
         if rest is None:
             return True
@@ -290,7 +291,7 @@ class Connection(trio.abc.HalfCloseableStream):
         raise rest from None
 
     async def _close_all(self, rest: BaseException | None) -> None:
-        """Close the stream, and end the task that sends; ``rest`` is what goes on out of the block."""
+        """Close the stream, and end the sending task; ``rest`` is the exception that propagates from the block."""
         try:
             try:
                 await self._transport.aclose()
@@ -298,17 +299,17 @@ class Connection(trio.abc.HalfCloseableStream):
                 if self._sender is not None:
                     await self._sender.aclose()
         except BaseException as error:
-            # A cancellation comes again at the next checkpoint; it must not replace a bug that goes on.
+            # A cancellation is raised again at the next checkpoint; it must not replace a bug.
             if rest is None or BaseExceptionGroup("", [error]).split(trio.Cancelled)[1] is not None:
                 raise
 
     def _split(self, error: BaseException) -> tuple[BaseException | None, BaseException | None]:
-        """Tell what this block ends on quietly from what goes on."""
+        """Split ``error`` into what ends this block quietly, and what propagates."""
         if isinstance(error, BaseExceptionGroup):
-            # Python 3.11 takes a function, and no bound method.
+            # Python 3.11 requires a function, not a bound method.
             group, rest = error.split(lambda leaf: self._is_own(leaf))  # noqa: PLW0108
             own: BaseException | None = group
-            while isinstance(own, BaseExceptionGroup):  # one line in the log is enough
+            while isinstance(own, BaseExceptionGroup):  # one log line is enough
                 own = own.exceptions[0]
             return own, rest
         return (error, None) if self._is_own(error) else (None, error)
@@ -325,21 +326,21 @@ class Connection(trio.abc.HalfCloseableStream):
                 return isinstance(error, ProtocolError)
 
     async def _finish(self, own: BaseException | None) -> None:
-        """Send what is owed, and end the connection such that all of it arrives, if the client is still there."""
+        """Send pending data, and end the connection so that all of it arrives, unless the client is gone."""
         if self._cut or (
             isinstance(own, ClientError)
             and (own.how in ("reset", "overrun") or (self._rest and not self._sending) or not self._handshaken)
         ):
             return
-        if self._scope is not None:  # what would have ended the body may end this, too
+        if self._scope is not None:  # an overrun or `aclose` can still end this
             self._scope = trio.CancelScope()
-        self._send_all_busy = True  # nothing is sent behind what is owed now
+        self._send_all_busy = True  # no more sends after the pending data
         try:
             with self._scope or _NO_SCOPE:
                 if self._owed or self._rest or self._sending:
                     await self._deliver_alone()
                 self._closed = True
-                while self._receiving:  # a task outside of the block, which is to learn that it is over
+                while self._receiving:  # a task outside of the block, which now gets an exception
                     if self._waiting is not None:
                         self._waiting.cancel()
                     await self._wait_for_others()
@@ -352,7 +353,7 @@ class Connection(trio.abc.HalfCloseableStream):
             raise self._let_go
 
     def _drop(self) -> None:
-        """Drop all that is buffered, either way; what then was cut short ends in a reset."""
+        """Drop all buffers; if that truncates a message, closing will reset the connection."""
         self._closed = True
         if self._cut or self._rest or self._in_pipe:
             self._transport.reset()
@@ -366,12 +367,12 @@ class Connection(trio.abc.HalfCloseableStream):
         self._taken = self._promised
 
     async def aclose(self) -> None:
-        """Close the connection, without sending what is owed, and without lingering.
+        """Close the connection, without sending what was pushed, and without lingering.
 
-        From another task, this ends the block quietly: with ``max_unsent`` wherever the handler is, otherwise as soon
-        as it uses the connection. In the middle of a message that is being sent, the client is sent a reset.
+        From another task, this ends the block without an exception: with ``max_unsent`` at once, otherwise as soon as
+        the handler uses the connection. In the middle of sending a message, the connection is reset.
 
-        On cancellation, the connection is closed all the same. A checkpoint.
+        On cancellation, the connection is still closed. A checkpoint.
         """
         if self._scope is not None:
             self._scope.cancel()
@@ -380,7 +381,7 @@ class Connection(trio.abc.HalfCloseableStream):
         await trio.lowlevel.checkpoint()
 
     def _end_block(self, error: ClientError) -> None:
-        """End the block wherever its body is, on ``error``; what it was sent may end anywhere."""
+        """End the block with ``error``, wherever its body is. Sending may stop in the middle of a message."""
         self._cut = True
         if self._let_go is None:
             self._let_go = error
@@ -403,7 +404,7 @@ class Connection(trio.abc.HalfCloseableStream):
             _log.log(level, "%s: %s", name, what)
 
     def _how(self, own: BaseException | None, rest: BaseException | None) -> Ending:
-        """Tell how the conversation ended, if the block ends on ``own`` or ``rest``."""
+        """Return how the conversation ended, for a block that ends with ``own`` or ``rest``."""
         match own:
             case ClientError():
                 return own.how
@@ -416,51 +417,50 @@ class Connection(trio.abc.HalfCloseableStream):
     # Receiving.
 
     def requests(self, read: "Callable[[Connection], Awaitable[RequestT]]") -> AsyncIterator[RequestT]:
-        """Iterate over the client's requests: what ``await read(connection)`` returns, again and again.
+        """Iterate over the client's requests, each of which is returned by ``await read(connection)``.
 
-        A request begins with its first byte and ends when ``read`` returns. Before the first byte, the client has the
-        idle time-out; from then on the request time-out, for all of the request. If ``read`` is cancelled, nothing is
-        lost: the next turn, of this iterator or of another, begins with the request's first byte again.
+        A request begins with its first byte and ends when ``read`` returns. Until the first byte, the idle time-out
+        applies; from then on, the request time-out, for the whole request. If ``read`` is cancelled, nothing is lost:
+        the next iteration, also of another iterator, begins at the first byte of the request again.
 
-        The iteration ends when the client has ended its side between two requests, or when the server stops and no
-        request is under way. It may be left with ``break`` and taken up again, also with another ``read``.
+        The iteration ends when the client has ended its side (sent end of stream) between two requests, or when the
+        server is stopping and no request has begun. It may be left with ``break`` and resumed, also with another
+        ``read``.
 
-        Before the next request is read, what was pushed for the ones before is sent, if it is 64 KiB or more
-        (`MAX_OWED`; half of ``max_unsent``, if that is less), or if the request has not arrived yet. Requests that have
-        arrived together are read one after the other without a checkpoint, except for one every 64
-        (`REQUESTS_PER_TURN`).
+        Before the next request is read, pushed data is sent, if it is 64 KiB or more (`MAX_OWED`; half of
+        ``max_unsent``, if that is less), or if the request has not arrived yet. Requests that have arrived together are
+        read without a checkpoint, except for one every 64 (`REQUESTS_PER_TURN`).
 
         Args:
-            read: an async function that receives one request by the methods of this class, and returns it. It may as
-                well take all that has arrived, and return many requests as one. What is left over it must give back
-                with `unreceive`: the next request begins with a byte that is received, not with one that is kept in a
-                parser.
+            read: an async function that receives one request with the methods of this class, and returns it. It may
+                also receive all that has arrived, and return many requests as one. It must give back the remainder with
+                `unreceive`, and not keep it in a parser, because the next request begins with a received byte.
 
         Raises:
-            ClientError: if the client broke the connection, took too long, or ended its side inside a request.
+            ClientError: if the connection broke, or the client took too long, or ended its side inside a request.
             trio.BusyResourceError: if another task is receiving.
             trio.ClosedResourceError: if another task closed the connection.
         """
         return _Requests(self, read)
 
     def receive_some(self, max_bytes: int | None = None) -> Coroutine[Any, Any, bytes]:
-        """Receive what has arrived, one byte or more; if nothing has, wait for it.
+        """Receive what has arrived, one byte or more; wait if nothing has.
 
         Args:
-            max_bytes: the most to return, 1 or more; None for all that is there.
+            max_bytes: the maximum to return, 1 or more; None for all that has arrived.
 
         Returns:
-            ``b""`` when there will be no more: the client has ended its side, or the server stops.
+            ``b""`` at end of stream: the client has ended its side, or the server is stopping.
 
         Raises:
-            ClientError: if the client broke the connection or took too long; inside a request (`requests`), also if it
-                ended its side.
+            ClientError: if the connection broke or the client took too long; inside a request (`requests`), also at end
+                of stream.
             trio.BusyResourceError: if another task is receiving.
             trio.ClosedResourceError: if the connection is closed.
 
-        On cancellation, no byte is lost. A checkpoint, except inside a request for what has already arrived.
+        On cancellation, no data is lost. A checkpoint, except inside a request for what has already arrived.
         """
-        # Not a coroutine of its own, because a bulk of small messages would feel it.
+        # Not a coroutine, which would be slower for many small messages.
         if max_bytes is None and not self._begun and not self._buffer.size:
             return self._receive()
         return self._receive_buffered(max_bytes)
@@ -474,7 +474,7 @@ class Connection(trio.abc.HalfCloseableStream):
                 raise self._ended_early()
             self._buffer.append(data)
         elif not self._begun:
-            self._due = None  # of a request that was given up
+            self._due = None  # of an abandoned request
             await trio.lowlevel.checkpoint()
             self._check_open()
             if not self._buffer.size:
@@ -489,12 +489,12 @@ class Connection(trio.abc.HalfCloseableStream):
 
         Raises:
             ValueError: if ``n`` is negative.
-            ClientError: if the client broke the connection, took too long, or ended its side first; outside of
-                `requests`, also if the server stops before the first byte.
+            ClientError: if the connection broke, the client took too long, or the stream ended first; outside of
+                `requests`, also if the server is stopping and no byte has arrived.
             trio.BusyResourceError: if another task is receiving.
             trio.ClosedResourceError: if the connection is closed.
 
-        On cancellation, no byte is lost. A checkpoint, except inside a request for what has already arrived.
+        On cancellation, no data is lost. A checkpoint, except inside a request for what has already arrived.
         """
         if n < 0:
             raise ValueError(f"n must be at least 0, not {n}")
@@ -503,17 +503,18 @@ class Connection(trio.abc.HalfCloseableStream):
         return self._buffer.take(n)
 
     async def receive_until(self, delimiter: bytes, *, max_bytes: int) -> bytes:
-        """Receive up to the next ``delimiter``, and return what is in front of it.
+        """Receive up to the next ``delimiter``, and return what is before it.
 
         Args:
             delimiter: one byte or more.
-            max_bytes: how many bytes may be in front of it, 0 or more.
+            max_bytes: how many bytes may be before it, 0 or more.
 
         Raises:
-            ProtocolError: if there are more than ``max_bytes`` in front of it.
-            ClientError: as `receive_exactly` does, like the others that it raises.
+            ValueError: if ``delimiter`` is empty.
+            ProtocolError: if there are more than ``max_bytes`` before it.
+            ClientError: as for `receive_exactly`, like its other exceptions.
 
-        On cancellation, no byte is lost. A checkpoint, except inside a request for what has already arrived.
+        On cancellation, no data is lost. A checkpoint, except inside a request for what has already arrived.
         """
         if not delimiter:
             raise ValueError("the delimiter must not be empty")
@@ -535,24 +536,24 @@ class Connection(trio.abc.HalfCloseableStream):
         return data
 
     def count_requests(self, number: int) -> None:
-        """Have the connection's record count ``number`` requests more.
+        """Add ``number`` to the connection's count of requests, for statistics.
 
-        `requests` counts each that it returns as one. This is for a ``read`` that returns several as one, and for a
-        handler that has its requests in another way.
+        `requests` counts each of its items as one. This is for a ``read`` that returns several requests as one, and for
+        handlers that do not use `requests`.
         """
         self._accepted.requests += number
 
     def unreceive(self, data: bytes) -> None:
-        """Give back ``data``, the last bytes that were received: the next receive begins with them."""
+        """Give back ``data``, the last bytes that were received: the next receive returns them first."""
         if data:
             self._buffer.give_back(data)
 
     async def _receive_until_complete(self, complete: Callable[[], bool]) -> None:
         if self._receiving:
             raise trio.BusyResourceError("another task is receiving from this connection")
-        outside = not self._begun  # of a request: then this is a message of its own
+        outside = not self._begun  # of a request: this is a message of its own
         if outside:
-            self._due = None  # of a request that was given up
+            self._due = None  # of an abandoned request
             await trio.lowlevel.checkpoint()
         try:
             while not complete():
@@ -567,7 +568,7 @@ class Connection(trio.abc.HalfCloseableStream):
                 self._due = None
 
     async def _read_request(self, read: "Callable[[Connection], Awaitable[RequestT]]") -> RequestT:
-        """Return the next request; `StopAsyncIteration` if there will be none."""
+        """Return the next request; raise `StopAsyncIteration` if there is none."""
         if self._begun:
             raise trio.BusyResourceError("another task is receiving from this connection")
         if self._promised - self._taken >= self._max_owed:
@@ -583,7 +584,7 @@ class Connection(trio.abc.HalfCloseableStream):
             if self._taken_up == REQUESTS_PER_TURN:
                 self._taken_up = 0
                 await trio.lowlevel.checkpoint()
-            # One that a cancellation interrupted is under way already.
+            # With `_due` set, a request has begun, and was interrupted by a cancellation.
             if self._drain.began_at is not None and self._due is None and self._heard_enough():
                 raise StopAsyncIteration
         self._begun = True
@@ -594,7 +595,7 @@ class Connection(trio.abc.HalfCloseableStream):
             self._due = None
             self._buffer.unmark()
             raise
-        except BaseException:  # a cancellation, perhaps in a group: the request's time goes on
+        except BaseException:  # a cancellation, perhaps in a group: the request's deadline remains
             if self._due is None:
                 self._due = trio.current_time() + self._request_timeout
             self._buffer.rewind()
@@ -607,10 +608,10 @@ class Connection(trio.abc.HalfCloseableStream):
         return request
 
     async def _receive(self) -> bytes:  # noqa: C901 - every step is short, and their order matters
-        """Receive past the buffer. ``b""``: no more will come, or none is waited for, as the server stops.
+        """Receive from the transport. ``b""`` at end of stream, or instead of waiting when the server is stopping.
 
-        Always a checkpoint. What is owed to the client is sent first, so a client that does not read holds back only
-        itself: no replies pile up here, and TCP's flow control stops it from sending.
+        Always a checkpoint. Pushed data is sent first, so a client that does not receive delays only itself: its
+        replies do not accumulate here, and TCP's flow control stops it from sending.
         """
         if self._receiving:
             raise trio.BusyResourceError("another task is receiving from this connection")
@@ -621,14 +622,14 @@ class Connection(trio.abc.HalfCloseableStream):
                 await self._handshake()
             if (self._owed or self._rest) and not self._sending and self._sender is None and not self._send_at_once():
                 await self._deliver()
-            # One pass through the scheduler, in which the others have their turns. On a busy server the next bytes have
-            # mostly arrived by then, and there is nothing to wait for, which saves telling Trio and the kernel.
+            # Let other tasks run. On a busy server, the next bytes have usually arrived by then, which saves waiting:
+            # registering with Trio and the kernel.
             await trio.lowlevel.checkpoint()
             if self._ended or ((self._begun or self._drain.began_at is not None) and self._is_over()):
                 return b""
             while (data := self._transport.receive_nowait()) is None:
                 self._check_open()
-                # What arrived in time was received just now, even if time was up when this task had its turn.
+                # Checked only now, so that data that arrived in time counts even if this task was late to run.
                 if self._waiting is not None and self._waiting.cancelled_caught and self._gives_up_waiting():
                     return b""
                 with trio.CancelScope(deadline=self._deadline()) as self._waiting:
@@ -651,29 +652,29 @@ class Connection(trio.abc.HalfCloseableStream):
         return data
 
     def _is_over(self) -> bool:
-        """Whether nothing more is received though there may be more; `ClientError` if a request took too long."""
+        """Return whether to receive nothing more; raise `ClientError` if a request took too long."""
         if self._begun:
             now = trio.current_time()
             if self._due is None:
                 self._due = now + self._request_timeout
-            elif now >= self._due:  # however many bytes of it go on arriving
+            elif now >= self._due:  # even if more of it keeps arriving
                 raise self._too_late(_REST)
             return False
         return self._heard_enough()
 
     def _gives_up_waiting(self) -> bool:
-        """Time is up: raise `ClientError`, or return whether this is the stop, which just ends the conversation."""
+        """At the deadline, raise `ClientError`, or return whether a stop ends the conversation."""
         if self._begun:
             raise self._too_late(_REST)
         if self._drain.began_at is not None:
             return True
-        if not self._sending:  # otherwise it is for the sending task to say whether the client is still there
+        if not self._sending:  # otherwise, the sending task has its own time-out
             raise ClientError("timed out waiting for a request", self, "idle", logging.DEBUG)
         self._idle_due = None
         return False
 
     def _deadline(self) -> float:
-        """Until when the client has time, on Trio's clock."""
+        """Return the client's deadline, on Trio's clock."""
         now = trio.current_time()
         if self._begun and self._due is not None:
             due = self._due
@@ -686,7 +687,7 @@ class Connection(trio.abc.HalfCloseableStream):
         return max(due, now + self._transport.last_look)
 
     def _last_call(self) -> float:
-        """Until when a request may begin in a stop: none, except for a client's first."""
+        """Return until when a request may begin in a stop: only a client's first one may."""
         return self._accepted.at + FIRST_REQUEST_GRACE if self._fresh else -math.inf
 
     def _heard_enough(self) -> bool:
@@ -694,26 +695,26 @@ class Connection(trio.abc.HalfCloseableStream):
         return began_at is not None and not self._fresh and trio.current_time() >= began_at + LAST_REQUESTS_SECONDS
 
     def _stop(self) -> None:
-        """Wait for a next request no longer. The server's `Drain` calls this when the stop begins."""
+        """Stop waiting for the next request. The server's `Drain` calls this when the stop begins."""
         if self._waiting is not None and not self._begun:
             self._waiting.deadline = min(self._waiting.deadline, self._deadline())
 
     # Sending.
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Send ``data``, after what was pushed before it, and wait until the system has taken all of it.
+        """Send ``data``, after what was pushed before, and wait until the kernel has accepted all of it.
 
         Args:
-            data: a message, of any size. It is not mixed with what other tasks push meanwhile.
+            data: a message, of any size. It is not interleaved with what other tasks push meanwhile.
 
         Raises:
-            TypeError: if ``data`` is something else, such as a string; nothing is sent then.
-            ClientError: if the client broke the connection, or made no room for the idle time-out.
+            TypeError: if ``data`` is something else, such as a string; nothing is sent.
+            ClientError: if the connection broke, or there was no buffer space for the idle time-out.
             trio.BusyResourceError: if another task is in `send_all`, `send_eof` or `wait_send_all_might_not_block`.
-            trio.ClosedResourceError: if the connection, or this side of it, is closed.
+            trio.ClosedResourceError: if the connection is closed, or `send_eof` was called.
 
-        On cancellation, nothing or part of it was sent. On a socket, what is left of it then is sent before anything
-        else; other streams send nothing more. A checkpoint.
+        On cancellation, none or part of it may have been sent. On a socket, if part was, the remainder is sent before
+        anything else; other streams can send nothing more. A checkpoint.
         """
         if not isinstance(data, bytes):
             _check_data(data)
@@ -749,16 +750,16 @@ class Connection(trio.abc.HalfCloseableStream):
             self._end_sending()
 
     async def send_eof(self) -> None:
-        """End this side, after what was pushed; the client may still send.
+        """Send end of stream, after what was pushed; the client may still send.
 
-        `trio.SSLStream` cannot end one side alone; there, the client learns of it when the connection is closed.
+        `trio.SSLStream` does not support half-close; there, end of stream is sent when the connection is closed.
 
         Raises:
             ClientError: as `send_all` does.
             trio.BusyResourceError: as `send_all` does.
             trio.ClosedResourceError: if the connection is closed.
 
-        On cancellation, this side may have ended, or not. A checkpoint.
+        On cancellation, end of stream may or may not have been sent. A checkpoint.
         """
         if self._eof_sent:
             self._check_open()
@@ -769,7 +770,7 @@ class Connection(trio.abc.HalfCloseableStream):
             await trio.lowlevel.checkpoint()
             await self._deliver_alone()
             self._eof_sent = True
-            self._drop_unsent()  # it was pushed meanwhile
+            self._drop_unsent()  # pushed meanwhile
             try:
                 await self._transport.send_eof()
             except _FAILURES as error:
@@ -778,17 +779,17 @@ class Connection(trio.abc.HalfCloseableStream):
             self._end_sending()
 
     def push(self, data: bytes | bytearray | memoryview) -> None:
-        """Have ``data`` sent, without waiting: after what was pushed before, and together with it.
+        """Queue ``data`` for sending, after what was pushed before, and together with it. Never waits.
 
-        From any task, inside the block of a connection with ``max_unsent``: it is sent at once, whatever the handler
-        waits for. If then more than ``max_unsent`` bytes are left that the system has not taken, the client is let go,
-        and the block ends. To leave out messages for a slow client instead, look at `unsent` first.
+        With ``max_unsent``, from any task inside the block: ``data`` is sent at once, whatever the handler waits for.
+        If more than ``max_unsent`` bytes are then unsent, the client is disconnected, and the block ends. To skip
+        messages for a slow client instead, check `unsent` first.
 
-        Otherwise, only from the handler itself: it is sent at the latest when the handler next awaits a method of this
-        connection that has to wait, and not while it awaits anything else. What another task pushes meanwhile is held
-        back until then, however long that is.
+        Without ``max_unsent``, only from the handler itself: ``data`` is sent at the latest when the handler next
+        awaits a method of this connection that has to wait, and not while it awaits anything else. What another task
+        pushes is held back until then.
 
-        After the block, or after `send_eof` or `aclose`, nothing happens.
+        After the block, or after `send_eof` or `aclose`, does nothing.
 
         Args:
             data: a message.
@@ -811,7 +812,7 @@ class Connection(trio.abc.HalfCloseableStream):
             except ClientError as error:
                 self._end_block(error)
                 return
-            except trio.ClosedResourceError:  # by somebody who was not to use the stream; the handler will see it
+            except trio.ClosedResourceError:  # closed from outside; the handler will get the exception
                 return
         if self.unsent > self._max_unsent:
             message = f"overrun: {self.unsent} unsent bytes, more than {self._max_unsent}"
@@ -819,23 +820,22 @@ class Connection(trio.abc.HalfCloseableStream):
         self._wake_others()
 
     async def relay(self, target: trio.abc.Stream) -> None:
-        """Send what the client sends to another stream, or back to itself, until it ends its side; then end that one.
+        """Send what the client sends to another stream, or back to itself, until end of stream; then send that, too.
 
-        Each direction of a proxy is one of these. Between sockets, bulk moves inside the kernel (splice(2), on Linux).
+        Each direction of a proxy is a relay. Between sockets, bulk data moves inside the kernel (splice(2), on Linux).
 
         Args:
-            target: a `Connection` or any other stream; this connection for an echo. If it cannot be sent all that it
-                was to be sent, a `Connection` will be reset when it is closed, and another stream is reset at once.
+            target: a `Connection` or any other stream; this connection for an echo. On failure, a `Connection` will be
+                reset when it is closed, and another stream is reset at once.
 
         Raises:
-            ClientError: if this client broke the connection, or was idle while nothing was sent to it either; or if the
-                target did, with the target as its connection.
-            trio.BusyResourceError: if another task is receiving here, or sending there.
+            ClientError: if the connection broke, or the client was idle and was sent nothing either; or the same for
+                the target, with the target as its connection.
+            trio.BusyResourceError: if another task is receiving from this connection, or sending to the target.
             trio.ClosedResourceError: if one of the two is closed.
 
-        On cancellation, bytes may be lost on their way through. Ends, too, when the server stops and nothing is left
-        that has arrived: a relay knows no messages, so one that the client sends with a pause in it may then be cut
-        there. A checkpoint.
+        On cancellation, data in transit may be lost. Also ends when the server is stopping and all that has arrived is
+        sent: a relay does not know where messages end, so a message that pauses there may be cut. A checkpoint.
         """
         out = target if isinstance(target, Connection) else Connection(target, idle_timeout=self._idle_timeout)
         try:
@@ -850,16 +850,16 @@ class Connection(trio.abc.HalfCloseableStream):
                     out._end_sending()  # noqa: SLF001
             await out.send_eof()
         except BaseException:
-            if out is not self:  # what it was sent is not all that there was
+            if out is not self:  # it has not got all of the data
                 out._cut_off()  # noqa: SLF001
             if out is not target:
                 await close_as_broken(target)
             raise
 
-    # Not a context manager, because every message to and fro would feel it.
+    # Not a context manager, which would be slower for every message.
 
     def _begin_sending(self) -> None:
-        """Be the only task that sends, until `_end_sending`."""
+        """Make this the only task that sends, until `_end_sending`."""
         self._check_open()
         if self._send_all_busy:
             raise trio.BusyResourceError("another task is sending to this connection")
@@ -872,21 +872,21 @@ class Connection(trio.abc.HalfCloseableStream):
         self._wake_others()
 
     async def _deliver(self) -> None:
-        """Wait until everything that is owed is sent. No checkpoint, if the system takes all of it at once."""
+        """Wait until all pending data is sent. Not a checkpoint if the kernel accepts all of it at once."""
         due = self._promised
-        # What is pushed meanwhile goes along only if there is no task that sends it in its turn.
+        # Data that is pushed meanwhile is included only if there is no sending task for it.
         while self._taken < due or (self._taken < self._promised and self._sender is None):
             await self._deliver_some()
 
     async def _deliver_alone(self) -> None:
-        """Wait, too, until no message is in the middle of being sent."""
+        """Wait until all pending data is sent, and no other message is being sent."""
         await self._deliver()
         while self._rest or self._sending:
             await self._deliver_some()
 
     async def _deliver_some(self) -> None:
         self._check_open()
-        if self._sending:  # another task is at it, and it may take along what is owed
+        if self._sending:  # another task is sending, perhaps the pending data, too
             await self._wait_for_others()
         elif not self._handshaken:
             await self._handshake()
@@ -894,7 +894,7 @@ class Connection(trio.abc.HalfCloseableStream):
             await self._send_rest()
 
     def _send_at_once(self) -> bool:
-        """Send what the system takes at once of what is owed, and return whether that was all."""
+        """Send as much pending data as the kernel accepts without waiting, and return whether that was all."""
         data: bytes | memoryview
         if self._rest:
             data, pushed = self._rest, self._rest_was_pushed
@@ -920,7 +920,7 @@ class Connection(trio.abc.HalfCloseableStream):
         return False
 
     async def _send(self, data: bytes | bytearray | memoryview) -> None:
-        """Send a message that was not pushed, when nothing else is owed."""
+        """Send a message that was not pushed, when nothing else is pending."""
         if not data:
             return
         self._rest = memoryview(data)
@@ -929,15 +929,13 @@ class Connection(trio.abc.HalfCloseableStream):
         try:
             await self._deliver()
         finally:
-            if self._rest:  # after a cancellation, the caller's may change
+            if self._rest:  # after a cancellation: copied, as the caller may change it
                 self._rest = memoryview(bytes(self._rest))
 
     async def _send_rest(self) -> None:
         self._sending = True
         try:
-            with (
-                self._in_time_for_room() as scope
-            ):  # one for all the pieces, because each would cost as much as a write
+            with self._in_time_for_room() as scope:  # one for all pieces, because each would cost as much as a write
                 while self._rest:
                     sent = await self._transport.send_some(self._rest)
                     self._rest = self._rest[sent:]
@@ -945,7 +943,7 @@ class Connection(trio.abc.HalfCloseableStream):
                     self._accepted.sent += sent
                     self._client_is_there()
                     scope.deadline = trio.current_time() + self._idle_timeout
-            self._rest = _NOTHING  # an empty view would hold on to the caller's
+            self._rest = _NOTHING  # an empty view would keep the caller's data alive
         finally:
             self._sending = False
             self._wake_others()
@@ -958,19 +956,19 @@ class Connection(trio.abc.HalfCloseableStream):
         except trio.TooSlowError:
             raise self._too_late(_ROOM) from None
         except _FAILURES as error:
-            # From Python 3.12 on, its traceback would lead back to itself through the context manager's frame, and hold
-            # on to what was being sent until garbage is collected.
+            # From Python 3.12 on, its traceback would be in a reference cycle through the context manager's frame, and
+            # keep the data that was being sent alive.
             raise self._failure(_ROOM, error) from error.with_traceback(None)
 
     def _client_is_there(self) -> None:
-        """Give a client that takes what it is sent the idle time-out anew."""
+        """Restart the idle time-out, because the client has received something."""
         self._idle_due = None
         if self._waiting is not None and not self._begun and self._drain.began_at is None:
             self._waiting.deadline = self._deadline()
 
     async def _send_what_is_pushed(self) -> None:
         while not self._closed:
-            # In `send_all`, another task delivers what was pushed before; what is pushed meanwhile comes after it.
+            # A task in `send_all` delivers what was pushed before; what is pushed meanwhile is sent after it.
             if self._send_all_busy or self._taken == self._promised:
                 await self._wait_for_others()
                 continue
@@ -992,13 +990,13 @@ class Connection(trio.abc.HalfCloseableStream):
             self._others.unpark_all()
 
     async def _splice(self, out: "Connection") -> None:
-        """Have the kernel move what has arrived to ``out``, for a while as long as there is more; if it can."""
+        """Move data to ``out`` inside the kernel, if possible, as long as more has arrived, up to a limit."""
         source, target = self._transport, out._transport  # noqa: SLF001
         if not isinstance(source, SocketTransport) or not isinstance(target, SocketTransport):
             return
         try:
             pipe = Pipe()
-        except OSError:  # no descriptors left, or not Linux; there is the plain way
+        except OSError:  # no descriptors left, or not Linux: use plain sends
             return
         self._receiving = out._sending = True  # noqa: SLF001
         try:
@@ -1023,7 +1021,7 @@ class Connection(trio.abc.HalfCloseableStream):
             moved = source.splice_to(pipe)
         except _FAILURES as error:
             raise self._failure(_REQUEST, error) from error
-        except OSError:  # a sandbox forbids it; there is the plain way
+        except OSError:  # forbidden by a sandbox: use plain sends
             return 0
         self._accepted.received += moved
         return moved
@@ -1038,14 +1036,14 @@ class Connection(trio.abc.HalfCloseableStream):
         return sent
 
     def _cut_off(self) -> None:
-        """Have the connection reset when it is closed, because what was sent is not whole."""
+        """Reset the connection when it is closed, because what was sent is incomplete."""
         self._cut = True
         self._transport.reset()
 
     # What a client did.
 
     async def _handshake(self) -> None:
-        if self._idle_due is None:  # kept there, so that waits which are cancelled give it no new time
+        if self._idle_due is None:  # kept, so that cancelled waits do not extend it
             self._idle_due = trio.current_time() + self._request_timeout
         stop = None
         try:
@@ -1070,7 +1068,7 @@ class Connection(trio.abc.HalfCloseableStream):
     def _failure(self, what: str, error: trio.BrokenResourceError | trio.ClosedResourceError) -> Exception:
         if isinstance(error, trio.ClosedResourceError):
             return _ClosedError(self)
-        # A client that breaks off is no news; one that does not get as far as TLS may be.
+        # A client that disconnects is normal; a failed TLS handshake may need attention.
         level = logging.WARNING if what == _HANDSHAKE else logging.DEBUG
         message = f"connection broken while waiting for {what}: {failure_reason(error)}"
         return ClientError(message, self, "reset", level)
@@ -1084,7 +1082,7 @@ class Connection(trio.abc.HalfCloseableStream):
 
 
 class _Requests(Generic[RequestT]):
-    """What `Connection.requests` returns. An object, because a cancellation would end a generator."""
+    """The iterator of `Connection.requests`. Not a generator, because a cancellation would end it."""
 
     __slots__ = ("_connection", "_read")
 

@@ -1,12 +1,12 @@
-"""What reaches a handler from its server, through Trio's context: whose stream it serves, and a graceful stop.
+"""What a handler can learn from its server through context variables: about its stream, and about a graceful stop.
 
-The server knows nothing of what a handler does with its stream, and the handler is passed nothing but the stream. What
-else they have to tell each other lies in a `contextvars.ContextVar`, which Trio hands from parent task to child. So a
-stop reaches whatever waits for a client, however deep below the server::
+The server does not know what a handler does with its stream, and passes it nothing but the stream. Everything else that
+they share is in a `contextvars.ContextVar`, which Trio's tasks inherit from the task that starts them. So a stop can
+end any wait for a client, however deep in the task tree::
 
     drain = current_drain()
     while True:
-        with drain.ends_wait() as scope:  # a stop ends this wait ...
+        with drain.ends_wait() as scope:  # a stop cancels this wait ...
             job = await next_job()
         if scope.cancelled_caught:
             break
@@ -28,10 +28,10 @@ from trioproto.addresses import format_address, peer_address, peer_name
 
 
 class Drain:
-    """The graceful stop of one server: what is under way is finished, and nothing further is waited for.
+    """The graceful stop of one server: requests in progress are finished, and no new ones are waited for.
 
     Attributes:
-        began: a `trio.Event`, set when the stop begins. Await it, or ask it.
+        began: a `trio.Event`, set when the stop begins.
         began_at: when it began, on Trio's clock; None before.
     """
 
@@ -48,22 +48,22 @@ class Drain:
             callback()
 
     def add_callback(self, callback: Callable[[], object]) -> None:
-        """Have ``callback()`` called when the stop begins; not at all if it has begun already."""
+        """Call ``callback()`` when the stop begins; never if it has already begun."""
         self._callbacks.add(callback)
 
     def remove_callback(self, callback: Callable[[], object]) -> None:
-        """Take back `add_callback`."""
+        """Undo `add_callback`."""
         self._callbacks.discard(callback)
 
     @contextlib.contextmanager
     def ends_wait(self, *, earliest: float = -math.inf) -> Iterator[trio.CancelScope]:
-        """Cancel what waits inside the block when the stop begins, or at once if it has begun already.
+        """Cancel the block when the stop begins, or at once if it has already begun.
 
         Args:
-            earliest: when the stop may end the wait at the earliest, on Trio's clock, if it begins before.
+            earliest: do not cancel before this time, on Trio's clock, even if the stop begins earlier.
 
         Yields:
-            The block's cancel scope, whose ``cancelled_caught`` tells afterwards whether the stop ended the wait.
+            The block's cancel scope. After the block, its ``cancelled_caught`` says whether the stop cancelled it.
         """
 
         def hurry() -> None:
@@ -81,28 +81,28 @@ class Drain:
 
 NEVER = Drain()
 
-# How a connection ended, in the log and in statistics.
+# How a connection ended, for the log and statistics.
 Ending = Literal["ended", "reset", "idle", "late", "malformed", "overrun", "crashed", "stopped", "cut"]
 ENDINGS: tuple[Ending, ...] = get_args(Ending)
 
 
 @attrs.define(eq=False)
 class Accepted:
-    """A stream as a server accepted it, and what the server knows of it.
+    """An accepted stream, and what its server knows about it.
 
     Attributes:
-        stream: what the handler is called with.
-        address: the client's, as the system gives it; None if the stream has none. Behind a proxy, that of the proxy,
-            until its PROXY header (`trioproto.process.proxy_protocol`) has told the client's own.
-        server: the address at which the server accepted it, for log lines; None if nobody has told.
+        stream: the handler's argument.
+        address: the client's, as the socket module represents it; None if the stream has none. Behind a proxy, it is
+            the proxy's until its PROXY header (`trioproto.process.proxy_protocol`) has been received.
+        server: the address at which the server accepted it, for log lines; None if not known.
         drain: the server's stop.
         at: when it was accepted, on Trio's clock.
-        refused: whether it was ended before it was served, because of its address.
-        counted: whether a `trioproto.Connection` fills in the rest. A handler on the bare stream tells nobody.
-        received: bytes that the client sent, as the handler's protocol sees them: without those of TLS.
-        sent: bytes that the system took to be sent to it.
-        requests: how many requests of it were read.
-        how: how its conversation ended; None before, and if that was not seen.
+        refused: whether it was closed unserved, because of its address.
+        counted: whether a `trioproto.Connection` sets the attributes below. Without one, they are not known.
+        received: bytes from the client, without the overhead of TLS.
+        sent: bytes to the client that the kernel has accepted, likewise.
+        requests: how many requests were read.
+        how: how the conversation ended; None before it has ended, or if not known.
     """
 
     stream: trio.abc.AsyncResource
@@ -127,30 +127,30 @@ _accepted: ContextVar[Accepted | None] = ContextVar("trioproto_accepted", defaul
 
 
 def announce(accepted: Accepted) -> None:
-    """Tell the current task, and those that it starts, what stream it serves. A server calls this."""
+    """Set which stream the current task, and all tasks that it starts, serve. Called by servers."""
     _accepted.set(accepted)
 
 
 def current_drain() -> Drain:
-    """Return the stop of the server that the current task runs under; one that never begins, if there is none.
+    """Return the stop of the server that the current task runs under. Without a server, it is one that never begins.
 
-    A task that a handler starts runs under the handler's server, and so does all that it starts in turn, such as a
-    `trio.serve_tcp` of its own. A `trioproto.serve_tcp` announces its own stop to its own handlers.
+    All tasks that a handler starts run under the handler's server, including a nested `trio.serve_tcp`. The handlers of
+    a nested `trioproto.serve_tcp` get the stop of that server.
     """
     accepted = _accepted.get()
     return NEVER if accepted is None else accepted.drain
 
 
 def accepted_as(stream: trio.abc.AsyncResource) -> Accepted:
-    """Return what is known of ``stream``: by its server, if it is the one that the current task serves.
+    """Return what is known about ``stream``: from its server, if it is the one that the current task serves.
 
-    A stop, and a client's address, belong to the stream that the server handed out, and to TLS on it. Another one that
-    a handler opens, such as one to a server behind it, is the handler's own affair: no stop concerns it.
+    The server's stop and the client's address belong to the stream that the server passed to the handler, and to TLS on
+    top of it. A stop does not affect other streams that a handler opens, such as one to an upstream server.
     """
     accepted = _accepted.get()
     if accepted is not None:
         if accepted.stream is stream:
             return accepted
-        if getattr(stream, "transport_stream", None) is accepted.stream:  # TLS is on another one
+        if getattr(stream, "transport_stream", None) is accepted.stream:  # TLS on top of it
             return accepted
     return Accepted(stream, peer_address(stream), None, NEVER, trio.current_time())

@@ -1,22 +1,22 @@
-"""How many connections one client may have at once, so that none can take all the places of a server."""
+"""Limit the connections of each client, so that one client cannot take all connections of a server."""
 
 import logging
 import socket
 
 _log = logging.getLogger(__name__)
 
-# How many bytes of an IPv6 address tell one client from another. The rest is the client's own choice: it can have any
-# address in its network (RFC 4291, section 2.5.4; RFC 8981).
+# How many bytes of an IPv6 address identify a client. It chooses the rest: it can use any address in its network (RFC
+# 4291, section 2.5.4; RFC 8981).
 _IPV6_NETWORK = 8
 
-# An IPv4 address behind this is an IPv6 one, as a socket for both gives it (RFC 4291, section 2.5.5.2).
+# The prefix of an IPv4-mapped IPv6 address, as dual-stack sockets return them (RFC 4291, section 2.5.5.2).
 _IPV4_MAPPED = bytes(10) + b"\xff\xff"
 
 
 class ClientLimit:
-    """Counts the connections of each client, and refuses those that are too many.
+    """Counts the connections of each client, and refuses those above the limit.
 
-    A client that has connections costs an entry in a dict, and any other nothing.
+    Only clients with open connections take memory: one dict entry each.
 
     Args:
         most: how many connections a client may have at once, 1 or more.
@@ -25,16 +25,16 @@ class ClientLimit:
     def __init__(self, most: int) -> None:
         self._most = most
         self._counts: dict[str | bytes, int] = {}
-        self._refused: set[str | bytes] = set()  # who has its warning; all of them have as many connections as they may
+        self._refused: set[str | bytes] = set()  # clients at the limit for which a warning was logged
 
     def enter(self, address: object) -> bool:
-        """Count one more connection from ``address``, and return True; False if it is one too many.
+        """Count one more connection from ``address`` and return True, or return False if the limit is reached.
 
-        The first one that is too many is logged, and then no more until the client has had fewer than the limit.
+        The first refusal is logged; further ones are not until the client has had fewer connections than the limit.
 
         Args:
-            address: as the system gives it. Each IPv4 address is a client, and each IPv6 network of 64 bits. What is no
-                IP address, such as that of a UNIX socket's client, is not limited.
+            address: as the socket module represents it. Each IPv4 address is a client, and each IPv6 /64 network.
+                Others, such as UNIX sockets, are not limited.
         """
         client = _client(address)
         if client is None:
@@ -50,7 +50,7 @@ class ClientLimit:
         return False
 
     def leave(self, address: object) -> None:
-        """Count one connection from ``address`` less, which `enter` has counted."""
+        """Uncount a connection from ``address`` that `enter` has counted."""
         client = _client(address)
         if client is None:
             return
@@ -61,7 +61,7 @@ class ClientLimit:
 
 
 def _client(address: object) -> str | bytes | None:
-    """Return which client connects from ``address``: IPv4 as text, an IPv6 network as bytes, None for neither."""
+    """Return the client that ``address`` belongs to: an IPv4 address as text, an IPv6 network as bytes, else None."""
     match address:
         case (str(host), int(), *_):
             pass
@@ -69,7 +69,7 @@ def _client(address: object) -> str | bytes | None:
             return None
     try:
         packed = socket.inet_pton(socket.AF_INET6, host)
-    except OSError:  # IPv4, or the name of a host in a network in memory
+    except OSError:  # IPv4, or a host name in an in-memory network
         return host
     if packed.startswith(_IPV4_MAPPED):
         return socket.inet_ntoa(packed[len(_IPV4_MAPPED) :])
@@ -77,7 +77,7 @@ def _client(address: object) -> str | bytes | None:
 
 
 def _name(client: str | bytes) -> str:
-    """Write a client for log lines: ``192.0.2.1``, ``2001:db8::/64``."""
+    """Format a client for log lines: ``192.0.2.1``, ``2001:db8::/64``."""
     if isinstance(client, str):
         return client
     return f"{socket.inet_ntop(socket.AF_INET6, client.ljust(16, bytes(1)))}/{8 * len(client)}"

@@ -1,24 +1,23 @@
-"""Bytes off a Trio stream: how many, and when they are all there.
+"""Receive a fixed number of bytes from a Trio stream.
 
-TCP delivers a stream of bytes, not the messages that were sent. What one ``send_all`` sent may arrive in many
-pieces, and what many sent may arrive in one: the receiver learns how long a message is from the protocol, and
-collects until it has that much. That is `receive_exactly`.
+TCP delivers a stream of bytes, not messages. The data of one ``send_all`` may arrive in many pieces, and the data of
+many in one piece. The receiver learns the length of a message from the protocol, and receives until it has that many
+bytes: `receive_exactly`.
 """
 
 import trio
 
-# The most that one receive asks for. A larger buffer would be allocated anew for each receive, and mostly
-# given back unused.
+# The largest size of one receive. A larger buffer would be allocated for each receive, and mostly freed unused.
 RECEIVE_SIZE = 65536
 
 
 class IncompleteReadError(EOFError):
-    """The stream ended before all the bytes that were expected had arrived.
+    """The stream ended before all expected bytes had arrived.
 
     Attributes:
         partial: the bytes that did arrive, possibly none.
-        expected: how many were expected.
-        stream: the one that ended, if it is known.
+        expected: how many bytes were expected.
+        stream: the stream that ended, if known.
     """
 
     def __init__(self, partial: bytes, expected: int, stream: object = None) -> None:
@@ -34,21 +33,21 @@ class IncompleteReadError(EOFError):
 async def receive_exactly(stream: trio.abc.ReceiveStream, n: int) -> bytes:
     """Receive exactly ``n`` bytes, however many pieces they arrive in.
 
-    Never takes a byte beyond ``n`` from the stream: the next message stays there for the next call.
+    Never receives more than ``n`` bytes: the next message stays in the stream.
 
     Args:
         stream: any receive stream: a socket, TLS, a memory stream.
-        n: how many bytes, 0 or more. 0 gives ``b""`` without touching the stream.
+        n: how many bytes, 0 or more. For 0, returns ``b""`` without using the stream.
 
     Raises:
         ValueError: if ``n`` is negative.
         IncompleteReadError: if the stream ends first.
-        trio.BrokenResourceError: if the connection breaks first, and whatever else ``stream`` raises.
+        trio.BrokenResourceError: if the connection breaks first. Other exceptions of ``stream`` pass through.
 
-    On cancellation, bytes that were already received are lost. The stream is then in the middle of a message
-    and of no more use than to be closed.
+    On cancellation, bytes that were already received are lost. The stream is then in the middle of a message, and can
+    only be closed.
 
-    A checkpoint, even when nothing has to be waited for.
+    Always a checkpoint.
     """
     if n < 0:
         raise ValueError(f"n must be at least 0, not {n}")
@@ -56,8 +55,8 @@ async def receive_exactly(stream: trio.abc.ReceiveStream, n: int) -> bytes:
         await trio.lowlevel.checkpoint()
     received = bytearray()
     while len(received) < n:
-        # One receive_some is not one message: it gives what has arrived so far, one byte or more, up to what
-        # we ask for. So we ask for what is missing, and ask again until nothing is.
+        # One receive_some is not one message: it returns what has arrived so far, from one byte to the given maximum.
+        # So we ask for the missing bytes until none are missing.
         chunk = await stream.receive_some(min(n - len(received), RECEIVE_SIZE))
         if not chunk:
             raise IncompleteReadError(bytes(received), n, stream)

@@ -1,7 +1,7 @@
-"""TLS on a socket (RFC 8446), by direct reads and writes: OpenSSL turns bytes into bytes, and does no I/O itself.
+"""TLS on a socket (RFC 8446) with direct reads and writes. OpenSSL only transforms bytes in memory.
 
-A `trio.SSLStream` goes through another stream, and so through Trio's scheduler, for whatever it sends and receives.
-Here, what the kernel has or takes at once moves with a direct call, as on a plain socket (`trioproto.transport`).
+A `trio.SSLStream` uses another stream, and so passes through Trio's scheduler whenever it sends or receives. Here, data
+moves by direct system calls, and only waits go through Trio, as on a plain socket (`trioproto.transport`).
 """
 
 import contextlib
@@ -13,33 +13,33 @@ import trio
 
 from trioproto.transport import CLOSE_SECONDS, SocketTransport
 
-# The most that one record holds (RFC 8446, section 5.1).
+# The most bytes in one record (RFC 8446, section 5.1).
 _RECORD = 2**14
 
-# How much of a message is encrypted at once, and then waits for the system to take it.
+# How many bytes of a message are encrypted at once, and must then be sent before more are.
 _PIECE = 65536
 
-# Answers to what the peer asks for in TLS itself, such as new keys, go with the next message. This is the most that
-# may wait for one.
+# Responses to TLS messages, such as key updates, are sent with the next message. This is the most bytes that may wait
+# for one.
 _MAX_ANSWERS = 65536
 
 
 class TLSStream(trio.abc.HalfCloseableStream):
     """TLS on a connected socket.
 
-    The handshake is made before the first byte either way. If what waits for it is cancelled, the next use goes on
-    with it. `send_eof` sends close_notify; before TLS 1.3 that would end both sides, and is left to `aclose`.
+    The first send or receive makes the handshake. If it is cancelled, the next one continues the handshake. `send_eof`
+    sends close_notify; before TLS 1.3 this would end both sides, so only `aclose` does.
 
-    `trioproto.Connection` uses it as a transport, too, by the methods of `trioproto.transport.Transport`.
+    It is also a transport (`trioproto.transport.Transport`) for `trioproto.Connection`.
 
     Args:
-        stream: the socket. Nobody else may use it from here on.
-        context: certificates and settings. There is no renegotiation (TLS 1.2): a peer that asks for it breaks the
-            connection. `ssl.OP_NO_RENEGOTIATION` tells it so.
+        stream: the socket. It must not be used directly from then on.
+        context: certificates and settings. Renegotiation (TLS 1.2) is not supported: a peer that requests it breaks
+            the connection. `ssl.OP_NO_RENEGOTIATION` refuses it with an alert.
         server_side: whether this is the server's side of the connection.
-        server_hostname: on a client's side, whose certificate the server has to show.
+        server_hostname: on the client's side, the name that the server's certificate must be for.
 
-    All methods raise `trio.BrokenResourceError` if the connection is broken, or what arrives is not TLS, fails the
+    All methods raise `trio.BrokenResourceError` if the connection is broken, or if what arrives is not TLS, fails the
     checks of ``context``, or ends without close_notify; and `trio.ClosedResourceError` if it is closed.
 
     Attributes:
@@ -82,11 +82,11 @@ class TLSStream(trio.abc.HalfCloseableStream):
             self._incoming, self._outgoing, server_side=server_side, server_hostname=server_hostname
         )
         self._end: ssl.SSLError | bytes | None = None  # b"" after close_notify, or why nothing more can be received
-        self._encrypted: bytes | memoryview = b""  # what the system has not taken ...
-        self._encrypted_size = 0  # ... and how many bytes of a message are in it
-        self._cut = False  # what was sent ends in the middle of a message
-        # For those who use it as a stream.
-        self._left = b""  # what was received and not asked for
+        self._encrypted: bytes | memoryview = b""  # not accepted by the kernel yet ...
+        self._encrypted_size = 0  # ... and how many plaintext bytes it contains
+        self._cut = False  # sending has stopped in the middle of a message
+        # For use as a stream.
+        self._left = b""  # received, but beyond max_bytes
         self._eof_sent = False
         self._busy: set[str] = set()
 
@@ -98,21 +98,21 @@ class TLSStream(trio.abc.HalfCloseableStream):
             if not self.needs_handshake:
                 return
             if self._object.server_side:
-                self._take_in()  # a client begins, and has mostly done so by now
+                self._take_in()  # the client begins, and has usually done so by now
             while not self._make_handshake():
                 await self._flush_all()
                 while not self._take_in():
                     await self._below.wait_for_data()
-            # What a server has left to send in TLS 1.3, session tickets, goes with its first message.
+            # In TLS 1.3, a server's session tickets are sent with its first message.
             if not self._object.server_side or self._object.version() != "TLSv1.3":
                 await self._flush_all()
             self.needs_handshake = False
 
     def receive_nowait(self) -> bytes | None:
-        if self._left:  # by `receive_some`
+        if self._left:  # from `receive_some`
             data, self._left = self._left, b""
             return data
-        # What came together with the end of the handshake is here already.
+        # Data may have arrived together with the end of the handshake.
         if self._end is None and (self._incoming.pending or self._take_in()):
             data = self._decrypt()
             if self._incoming.pending:
@@ -132,7 +132,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
         return self._below.wait_for_data()
 
     def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
-        # What is encrypted cannot be taken back: until it is sent, this has to be called with the same ``data``.
+        # Encrypting cannot be undone: until all of it is sent, this has to be called with the same ``data``.
         if not self._encrypted_size:
             try:
                 self._encrypted_size = self._object.write(data if len(data) <= _PIECE else memoryview(data)[:_PIECE])
@@ -164,7 +164,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
         self._below.reset()
 
     def _make_handshake(self) -> bool:
-        """Go on with the handshake by what has arrived, and return whether that was all of it."""
+        """Continue the handshake with what has arrived, and return whether it is complete."""
         try:
             self._object.do_handshake()
         except ssl.SSLWantReadError:
@@ -175,7 +175,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
         return True
 
     def _take_in(self) -> bool:
-        """Receive bytes, or end of stream, for OpenSSL, and return whether there was either."""
+        """Pass received bytes, or end of stream, to OpenSSL, and return whether there was either."""
         data = self._below.receive_nowait()
         if data is None:
             return False
@@ -186,7 +186,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
         return True
 
     def _decrypt(self) -> bytes:
-        """Return what the next record holds; nothing, if it is not all there, or is a message of TLS's own."""
+        """Return the data of the next record; ``b""`` if the record is incomplete, or has no application data."""
         try:
             data = self._object.read(_RECORD)
         except ssl.SSLWantReadError:
@@ -202,7 +202,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
         return data
 
     def _flush(self) -> bool:
-        """Send what is encrypted, and return whether the system has taken all of it."""
+        """Send encrypted data, and return whether the kernel has accepted all of it."""
         if self._outgoing.pending:
             encrypted = self._outgoing.read()
             self._encrypted = b"".join((self._encrypted, encrypted)) if self._encrypted else encrypted
@@ -216,20 +216,20 @@ class TLSStream(trio.abc.HalfCloseableStream):
             await self._below.wait_for_room()
 
     def _send_alert(self) -> None:
-        """Tell the peer what is wrong, if OpenSSL has an alert for it (RFC 8446, section 6.2)."""
+        """Send OpenSSL's alert for an error, if there is one (RFC 8446, section 6.2)."""
         with contextlib.suppress(trio.BrokenResourceError):
             self._flush()
 
     def _say_goodbye(self) -> None:
-        with contextlib.suppress(ssl.SSLError):  # SSLWantReadError: the peer has not said it yet
+        with contextlib.suppress(ssl.SSLError):  # SSLWantReadError: the peer has not sent close_notify yet
             self._object.unwrap()
 
     # As a stream.
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """Receive what has arrived, at most ``max_bytes``; if nothing has, wait for it. ``b""`` after close_notify.
+        """Receive what has arrived, at most ``max_bytes``, 1 or more; wait if nothing has. ``b""`` after close_notify.
 
-        On cancellation, no byte is lost. A checkpoint.
+        On cancellation, no data is lost. A checkpoint.
         """
         if max_bytes is not None and operator.index(max_bytes) < 1:
             raise ValueError(f"max_bytes must be at least 1, not {max_bytes}")
@@ -242,9 +242,9 @@ class TLSStream(trio.abc.HalfCloseableStream):
             return data
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Send ``data``, and wait until the system has taken all of it.
+        """Send ``data``, and wait until the kernel has accepted all of it.
 
-        On cancellation, part of it may have been sent; nothing more can be sent then. A checkpoint.
+        On cancellation, part of it may have been sent; then nothing more can be sent. A checkpoint.
         """
         with self._only_one("sending"):
             self._check_sending()
@@ -264,9 +264,9 @@ class TLSStream(trio.abc.HalfCloseableStream):
             await self.wait_for_room()
 
     async def send_eof(self) -> None:
-        """End this side; the peer may still send. Before TLS 1.3, the peer learns of it by `aclose`.
+        """Send end of stream; the peer may still send. Before TLS 1.3, only `aclose` sends it.
 
-        On cancellation, this side may have ended, or not. A checkpoint.
+        On cancellation, end of stream may or may not have been sent. A checkpoint.
         """
         with self._only_one("sending"):
             if not self._eof_sent:
@@ -278,7 +278,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
                 await self._flush_all()
 
     async def aclose(self) -> None:
-        """Close the connection, after a close_notify, unless it is cut in the middle of what was sent.
+        """Close the connection, after a close_notify unless sending was interrupted in the middle of a message.
 
         On cancellation, it is closed at once. A checkpoint.
         """

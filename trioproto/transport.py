@@ -1,10 +1,10 @@
-"""How a stream's bytes move, for a server: the seam behind which the fast way differs from the plain one.
+"""Transports: how `trioproto.Connection` moves bytes over a stream.
 
-`transport_for` picks the way. The plain one is any stream's own ``send_all`` and ``receive_some``. The fast one is for
-sockets: what the kernel takes or has at once moves with a direct call, and only what has to wait goes through Trio's
-waiting; bulk is moved inside the kernel (splice(2)). `trioproto.tls` has such a way for TLS.
+`transport_for` selects one. `StreamTransport` uses any stream's ``send_all`` and ``receive_some``. `SocketTransport` is
+faster: it makes system calls directly, and waits through Trio only if they would block; bulk data moves inside the
+kernel (splice(2)). `trioproto.tls` does the same for TLS.
 
-Time-outs are the caller's: it puts a cancel scope around whatever may have to wait.
+Transports have no time-outs: the caller puts a cancel scope around whatever may wait.
 """
 
 import contextlib
@@ -19,33 +19,33 @@ import trio
 
 from trioproto.streams import RECEIVE_SIZE
 
-# A closing connection goes on discarding what its peer still sends for as long as this in all, this long after the
-# last of it, and for this much. (nginx calls these lingering_time and lingering_timeout.)
+# Bounds for a closing connection that discards what its peer still sends: seconds in total, seconds without data, and
+# bytes. (nginx calls the first two lingering_time and lingering_timeout.)
 LINGER_SECONDS = 5.0
 LINGER_SILENCE = 1.0
 LINGER_BYTES = 16 * 2**20
 
-# How long a stream that is no socket may take to close before it is closed by force.
+# How many seconds a stream other than a socket may take to close before it is closed forcefully.
 CLOSE_SECONDS = 5.0
 
-# What a pipe between two sockets holds at most: more than the 64 KiB that it holds by default (pipe(7)), which takes a
-# fifth less time for the same bytes.
+# The capacity of a pipe between two sockets, in bytes. Compared with the default of 64 KiB (pipe(7)), moving the same
+# bytes takes a fifth less time.
 PIPE_SIZE = 2**18
 
-# What splice(2) and pipe2(2) report where the system, or a sandbox, has or allows no such thing.
+# What splice(2) and pipe2(2) report if the kernel does not support them, or a sandbox forbids them.
 _REFUSED = {errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP}
 
 
 @runtime_checkable
 class Transport(Protocol):
-    """What `transport_for` returns.
+    """The interface of transports.
 
-    All of it raises `trio.BrokenResourceError` if the connection is broken, and `trio.ClosedResourceError` if somebody
-    has closed the stream.
+    All methods raise `trio.BrokenResourceError` if the connection is broken, and `trio.ClosedResourceError` if the
+    stream was closed.
 
     Attributes:
-        needs_handshake: whether nothing moves before `handshake`.
-        last_look: how many seconds `wait_for_data` needs, at the least, to hand over what has already arrived.
+        needs_handshake: whether `handshake` must be called before sending or receiving.
+        last_look: the least number of seconds that `wait_for_data` needs to deliver what has already arrived.
     """
 
     needs_handshake: bool
@@ -55,38 +55,39 @@ class Transport(Protocol):
         """Make the TLS handshake, or wait until another task has made it."""
 
     def receive_nowait(self) -> bytes | None:
-        """Return what has arrived, at most `RECEIVE_SIZE` bytes; ``b""`` at the end of the stream; None for nothing."""
+        """Return what has arrived, at most `RECEIVE_SIZE` bytes; ``b""`` at end of stream; None if nothing has."""
 
     def wait_for_data(self) -> Awaitable[None]:
-        """Wait until `receive_nowait` probably has something to return. Cancellation loses no byte."""
+        """Wait until `receive_nowait` probably has something to return. Cancellation loses no data."""
 
     def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
-        """Send what can be sent at once of ``data``, from its start, and return how many bytes that were."""
+        """Send as much of ``data`` as possible without waiting, and return how many bytes were sent."""
 
     async def send_some(self, data: memoryview) -> int:
-        """Wait until some of ``data`` can be sent, one byte or more, send it, and return how many bytes that were.
+        """Wait until at least one byte of ``data`` can be sent, send what can be, and return how many bytes were sent.
 
-        On cancellation, a socket has sent nothing. Another stream may have sent part of it, and sends no more then.
+        On cancellation, a socket has sent nothing. Other streams may have sent part of ``data``, and can send nothing
+        more.
         """
 
     async def wait_for_room(self) -> None:
-        """Wait until something can probably be sent."""
+        """Wait until data can probably be sent."""
 
     async def send_eof(self) -> None:
-        """End this side, if the stream can end one side alone."""
+        """Send end of stream, if the stream supports half-close."""
 
     async def linger(self) -> None:
-        """End this side such that nothing is lost of what was sent: wait for the peer to end its side, for a while."""
+        """Send end of stream, and wait for the peer's, for a bounded time, so that no sent data is lost."""
 
     def reset(self) -> None:
-        """Have `aclose` tell the peer that the connection is broken, and not that it has ended."""
+        """Make `aclose` reset the connection instead of ending it normally."""
 
     async def aclose(self) -> None:
-        """Close the stream; by force, if cancelled."""
+        """Close the stream; forcefully, if cancelled."""
 
 
 def transport_for(stream: trio.abc.Stream) -> Transport:
-    """Return the fastest transport that there is for ``stream``."""
+    """Return the fastest available transport for ``stream``."""
     if isinstance(stream, trio.SocketStream) and os.name == "posix":
         return SocketTransport(stream)
     if isinstance(stream, Transport):  # as `trioproto.tls.TLSStream` is
@@ -95,19 +96,19 @@ def transport_for(stream: trio.abc.Stream) -> Transport:
 
 
 class StreamTransport:
-    """The plain way, for any stream."""
+    """A transport for any stream."""
 
     __slots__ = ("_arrived", "_cut", "_reset", "_stream", "needs_handshake")
 
-    # A pass or two through the scheduler, and no time.
+    # Enough for one or two passes through the scheduler.
     last_look: float = 0.01
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
         self._arrived: bytes | None = None
-        self._cut = False  # a send ended before its data did
+        self._cut = False  # a send was cancelled or failed
         self._reset = False
-        self.needs_handshake: bool = type(stream) is trio.SSLStream  # a final class; isinstance is slow with its kind
+        self.needs_handshake: bool = type(stream) is trio.SSLStream  # a final class; isinstance is slow for an ABC
 
     async def handshake(self) -> None:
         assert isinstance(self._stream, trio.SSLStream)  # noqa: S101 - for the type checker
@@ -127,7 +128,7 @@ class StreamTransport:
     async def send_some(self, data: memoryview) -> int:
         if self._cut:
             raise trio.BrokenResourceError("an earlier send was cut off")
-        # In pieces, because a stream does not tell how far it is, and a peer is given time for each.
+        # In pieces, because a stream does not report progress, and the idle time-out is for each piece.
         piece = data[:RECEIVE_SIZE]
         self._cut = True
         await self._stream.send_all(piece)
@@ -156,16 +157,16 @@ class StreamTransport:
         if self.needs_handshake:
             await trio.aclose_forcefully(self._stream)
             return
-        # TLS says goodbye first, and may have to wait for room to say it.
+        # TLS sends close_notify first, which may have to wait for buffer space.
         with trio.move_on_after(CLOSE_SECONDS), contextlib.suppress(trio.BrokenResourceError):
             await self._stream.aclose()
 
 
 class SocketTransport:
-    """The fast way, for a socket.
+    """A faster transport for sockets.
 
-    Trio's sockets are non-blocking, so their descriptors can be read and written directly, between two waits of
-    Trio's. The descriptor is asked for anew each time: it is -1 as soon as somebody has closed the stream.
+    Trio's sockets are non-blocking, so their descriptors can be read and written directly. The descriptor is looked up
+    for each call, because it is -1 once the stream is closed.
     """
 
     __slots__ = ("_known_to_trio", "_socket", "_stream")
@@ -176,7 +177,7 @@ class SocketTransport:
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
         self._socket = stream.socket
-        self._known_to_trio = False  # nobody has waited for it yet
+        self._known_to_trio = False  # no task has waited for it yet
 
     async def handshake(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -190,7 +191,7 @@ class SocketTransport:
             raise _stream_error(error) from error
 
     def wait_for_data(self) -> Awaitable[None]:
-        # No coroutine of its own, which would cost each idle connection a fifth of a KiB.
+        # Not a coroutine, which would take a fifth of a KiB for each idle connection.
         self._known_to_trio = True
         return trio.lowlevel.wait_readable(self._socket)  # noqa: ASYNC105
 
@@ -224,39 +225,38 @@ class SocketTransport:
         _reset_when_closed(self._socket)
 
     async def aclose(self) -> None:
-        # Before it closes a socket, Trio wakes those who wait for it, and has epoll forget it. A short conversation has
-        # often never waited: then this descriptor means nothing to either, and looking for it is an exception and a
-        # system call for nothing.
+        # Before Trio closes a socket, it wakes tasks that wait for it and removes it from epoll. If no task has ever
+        # waited, as is common for short conversations, this would cost an exception and a system call for nothing.
         if self._known_to_trio:
             self._socket.close()
         elif (descriptor := self._socket.detach()) != -1:
             os.close(descriptor)
 
     def splice_to(self, pipe: "Pipe") -> int:
-        """Move what has arrived into ``pipe``, and return how many bytes; none at the end of the stream, too."""
+        """Move what has arrived into ``pipe``, and return how many bytes; 0 also at end of stream."""
         return _splice(self._socket.fileno(), pipe.inlet)
 
     def splice_from(self, pipe: "Pipe") -> int:
-        """Send what can be sent at once of what ``pipe`` holds, and return how many bytes that were."""
+        """Send as much from ``pipe`` as possible without waiting, and return how many bytes were sent."""
         return _splice(pipe.outlet, self._socket.fileno())
 
 
 class Pipe:
-    """A pipe that bytes go through from one socket to another inside the kernel, on Linux.
+    """A pipe to move bytes from one socket to another inside the kernel, on Linux.
 
     Raises:
-        OSError: on creation, if the system has none to give, or no splice(2).
+        OSError: on creation, if the kernel can create no pipe, or does not have splice(2).
     """
 
     def __init__(self) -> None:
-        if not hasattr(os, "splice"):  # FreeBSD has pipes, and no splice(2)
+        if not hasattr(os, "splice"):  # FreeBSD has no splice(2)
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
         self.outlet: int
         self.inlet: int
         self.outlet, self.inlet = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        import fcntl  # noqa: PLC0415 - Windows has none
+        import fcntl  # noqa: PLC0415 - not on Windows
 
-        with contextlib.suppress(OSError):  # one user's pipes have a bound; the default size does, too
+        with contextlib.suppress(OSError):  # the user's limit for pipes is reached; the default size works, too
             fcntl.fcntl(self.inlet, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
 
     def close(self) -> None:
@@ -277,44 +277,43 @@ def _splice(source: int, target: int) -> int:
 
 
 def _stream_error(error: OSError) -> Exception:
-    """What Trio's streams raise for ``error``."""
+    """Return the exception that Trio's streams raise for ``error``."""
     if error.errno == errno.EBADF:
         return trio.ClosedResourceError("this socket was already closed")
     return trio.BrokenResourceError(f"socket connection broken: {error}")
 
 
 async def close_as_broken(stream: trio.abc.AsyncResource) -> None:
-    """Close ``stream``, such that its peer does not take the end for one in order; with a reset, if it knows resets."""
-    below = getattr(stream, "transport_stream", stream)  # TLS is on another one
+    """Close ``stream`` so that its peer does not see a normal end: with a reset, if the stream supports it."""
+    below = getattr(stream, "transport_stream", stream)  # below TLS
     if isinstance(below, trio.SocketStream):
         _reset_when_closed(below.socket)
-    elif hasattr(below, "reset"):  # a network in memory knows resets, too
+    elif hasattr(below, "reset"):  # a stream of an in-memory network
         below.reset()
-    await trio.aclose_forcefully(stream)  # TLS then says no goodbye
+    await trio.aclose_forcefully(stream)  # without close_notify
 
 
 def _reset_when_closed(closing: trio.socket.SocketType) -> None:
-    """Have ``close`` send a reset and drop what is not sent yet: linger for 0 seconds (socket(7), SO_LINGER)."""
-    with contextlib.suppress(OSError):  # the socket may be closed already, or be of a kind that knows no reset
+    """Make ``close`` send a reset and drop unsent data: linger for 0 seconds (socket(7), SO_LINGER)."""
+    with contextlib.suppress(OSError):  # the socket may be closed already, or not support this
         closing.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 async def _linger(stream: trio.abc.Stream) -> None:
-    """End ``stream`` such that what was sent is not destroyed on its way.
+    """End ``stream`` so that no sent data is lost.
 
-    Closing a socket that holds bytes nobody has received, or that is sent more later, makes the kernel send a
-    reset (RFC 1122, section 4.2.2.13), in place of what still lies in its output buffer; and some systems that get
-    a reset throw away what has arrived and is not read yet. So we send end of stream, and take in and discard what
-    still comes until the client has seen it and ends its side too; for a bounded time and amount, as nobody may keep
-    us here.
+    If a socket is closed while it has unread data, or more data arrives later, the kernel sends a reset (RFC 1122,
+    section 4.2.2.13) and drops its send buffer; and some systems that receive a reset discard data that has arrived and
+    is not read yet. So we send end of stream, then receive and discard data until the client ends its side, too. Time
+    and amount are bounded, so that a client cannot keep the connection open.
 
-    What the client does meanwhile is no fault any more.
+    Errors of the client are ignored.
     """
     with trio.move_on_after(LINGER_SECONDS), contextlib.suppress(trio.BrokenResourceError):
         if isinstance(stream, trio.SSLStream):
             below = stream.transport_stream
             try:
-                # Sends close_notify, and waits for the client's. Whatever comes in its stead is an error of TLS.
+                # Sends close_notify and waits for the client's. Any other data instead is a TLS error.
                 with trio.move_on_after(LINGER_SILENCE), contextlib.suppress(trio.BrokenResourceError):
                     await stream.unwrap()
                 await _linger(below)
