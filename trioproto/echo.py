@@ -13,30 +13,30 @@ async def echo_handler(
 ) -> None:
     """Serve one echo connection until the client ends it.
 
-    Runs under `trioproto.serve_tcp` and `trio.serve_tcp`, on any stream. Whatever the client does ends this
-    connection and nothing else: a client's faults are never raised. Memory use does not depend on how much a
-    client sends, nor on whether it reads.
+    Runs under `trioproto.serve_tcp` and `trio.serve_tcp`, on any stream. A misbehaving client affects only its own
+    connection: client errors are never raised. Memory use does not depend on how much a client sends, nor on whether it
+    receives.
 
     Args:
         stream: the client's. It is closed when this returns.
-        idle_timeout: seconds, above 0, without a byte from the client, or without it taking one, after which the
-            server ends the connection.
-        request_timeout: seconds, above 0, for a TLS handshake. An echo has no other request that could be late.
+        idle_timeout: seconds, above 0, in which the client neither sends nor receives a byte, after which the server
+            ends the connection.
+        request_timeout: seconds, above 0, for a TLS handshake. Echo has no other requests that could time out.
 
-    On cancellation, the connection is closed at once and the cancellation goes on.
+    On cancellation, the connection is closed at once, and the cancellation propagates.
     """
     async with Connection(stream, idle_timeout=idle_timeout, request_timeout=request_timeout) as connection:
         while chunk := await connection.receive_some():
             connection.push(chunk)
-            if len(chunk) == RECEIVE_SIZE:  # more than one receive takes: relay what follows, unseen
+            if len(chunk) == RECEIVE_SIZE:  # there may be more: relay it, inside the kernel if possible
                 await connection.relay(connection)
 
 
 async def echo_request(stream: trio.abc.Stream, message: bytes) -> bytes:
-    """Send ``message`` to an echo server and return what comes back: as many bytes.
+    """Send ``message`` to an echo server, and return the reply: the same number of bytes.
 
-    Sends and receives at once. If all of a message that is larger than the socket buffers on the way were sent
-    first, the server could not send back what it has, would stop receiving, and both sides would wait for ever.
+    Sends and receives concurrently. If a message larger than the socket buffers were sent completely first, the server
+    could not send its reply, would stop receiving, and both sides would deadlock.
 
     Args:
         stream: connected to an echo server. It stays open, for the next request.
@@ -47,7 +47,7 @@ async def echo_request(stream: trio.abc.Stream, message: bytes) -> bytes:
         trio.BrokenResourceError: if the connection breaks first.
         trio.ClosedResourceError: if ``stream`` is closed.
 
-    On cancellation, the stream is left in the middle of a message and of no more use than to be closed.
+    On cancellation, the stream is in the middle of a message, and can only be closed.
     """
     failure: Exception | None = None
 
@@ -68,7 +68,7 @@ async def echo_request(stream: trio.abc.Stream, message: bytes) -> bytes:
             failure = failure or error
             nursery.cancel_scope.cancel()
 
-    # Raised here, so that the caller sees the error itself and not a group with one in it.
+    # Raised here, so that the caller gets the error itself and not an exception group.
     if failure is not None:
         raise failure
     return received

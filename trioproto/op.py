@@ -1,4 +1,4 @@
-"""The op protocol: integers and an operator one way, the result the other way.
+"""The op protocol: the client sends integers and an operator, and the server replies with the result.
 
 ======== ============= ==========================================
 request  bytes         form
@@ -8,11 +8,11 @@ operands 4 for each    int32, two's complement, little-endian
 operator 1             ASCII ``+``, ``-`` or ``*``
 ======== ============= ==========================================
 
-The reply is the result alone: 4 bytes, int32, little-endian. A client may send many requests before it reads a
-reply; replies come in order.
+The reply is only the result: 4 bytes, int32, little-endian. A client may send many requests before it receives a reply;
+replies are in order.
 
-The protocol itself is plain synchronous code: `Request`, `Reply` and `answer` turn messages into bytes and back and do
-no I/O. The handler and `op_request` at the end are the thin layer that does.
+The protocol is plain synchronous code without I/O: `Request`, `Reply` and `answer` encode and decode messages. The
+handler and `op_request` at the end are the only code that does I/O.
 """
 
 import math
@@ -35,11 +35,11 @@ def _subtract(operands: Sequence[int]) -> int:
     return 2 * operands[0] - sum(operands)
 
 
-# Each folds all operands at once, in integers without bounds, and the result is wrapped once at the end: modulo
-# 2**32 that gives the same as wrapping after each step, as the C original does.
+# These fold all operands at once, in unbounded integers, and the result is wrapped once at the end: modulo 2**32, this
+# is the same as wrapping after each step, as the C original does.
 _FOLDS: dict[int, Callable[[Sequence[int]], int]] = {ord("+"): sum, ord("-"): _subtract, ord("*"): math.prod}
 
-# For each count, how that many operands lie on the wire.
+# The wire format of the operands, by count.
 _OPERANDS = [Struct(f"<{count}i") for count in range(MAX_OPERANDS + 1)]
 
 
@@ -71,23 +71,23 @@ class Request:
         operator: ``"+"``, ``"-"`` or ``"*"``.
 
     Raises:
-        ValueError: on creation, if one of them is anything else; the message says which and why.
+        ValueError: on creation, for any other value; the message says which and why.
     """
 
     operands: tuple[int, ...] = attrs.field(converter=_as_tuple, validator=_check_operands)
     operator: str = attrs.field(validator=_check_operator)
 
     def encode(self) -> bytes:
-        """Return the request as it goes over the wire."""
+        """Return the request in its wire format."""
         count = len(self.operands)
         return bytes([count]) + _OPERANDS[count].pack(*self.operands) + self.operator.encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
-        """Return the one request that ``data`` is.
+        """Decode ``data``, exactly one request.
 
         Raises:
-            ProtocolError: if ``data`` is no request, or less than one, or more.
+            ProtocolError: if ``data`` is malformed, or less or more than one request.
         """
         for operands, operator, end in _complete_requests(data):
             if end == len(data):
@@ -109,23 +109,23 @@ class Reply:
     result: int
 
     def encode(self) -> bytes:
-        """Return the reply as it goes over the wire."""
+        """Return the reply in its wire format."""
         return self.result.to_bytes(self.SIZE, "little", signed=True)
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
-        """Return the reply that ``data``, `SIZE` bytes, holds."""
+        """Decode ``data``, `SIZE` bytes."""
         return cls(int.from_bytes(data, "little", signed=True))
 
 
 def _complete_requests(data: bytes) -> Iterator[tuple[tuple[int, ...], int, int]]:
-    """Yield each complete request at the start of ``data``: its operands, its operator's byte, where it ends.
+    """Yield each complete request at the start of ``data``: its operands, its operator's byte, and where it ends.
 
-    Stops before a request that is not complete. No `Request` is made: a server answers hundreds of thousands of
-    these a second, and has nothing to check that the wire format does not already ensure.
+    Stops before an incomplete request. No `Request` is created, because a server answers hundreds of thousands of
+    requests a second, and the wire format already ensures what `Request` checks.
 
     Raises:
-        ProtocolError: when it comes to one that is malformed.
+        ProtocolError: at a malformed request.
     """
     start = 0
     while start < len(data):
@@ -150,22 +150,22 @@ def calculate(operands: Iterable[int], operator: str) -> int:
         operator: ``"+"``, ``"-"`` or ``"*"``.
 
     Raises:
-        ValueError: for anything else; the message says what is wrong.
+        ValueError: for any other value; the message says which and why.
     """
     request = Request(operands, operator)
     result = _FOLDS[ord(operator)](request.operands)
-    # Two's complement: what does not fit drops its high bits, and the highest that is left is the sign.
+    # Two's complement: keep the low 32 bits; the highest of them is the sign.
     return ((result - INT32_MIN) & 0xFFFFFFFF) + INT32_MIN
 
 
 def answer(data: bytes) -> tuple[bytes, bytes]:
-    """Answer all the requests that ``data`` begins with.
+    """Answer all complete requests at the start of ``data``.
 
     Returns:
-        Their replies, and what is left of ``data``: a request that is not complete, or one that is malformed.
+        Their replies, and the rest of ``data``, which begins with an incomplete or malformed request, if not empty.
 
     Raises:
-        ProtocolError: if ``data`` begins with a request that is malformed.
+        ProtocolError: if ``data`` begins with a malformed request.
     """
     results = []
     end = 0
@@ -173,38 +173,38 @@ def answer(data: bytes) -> tuple[bytes, bytes]:
         for operands, operator, end in _complete_requests(data):  # noqa: B007 - the last end is used below
             results.append(_FOLDS[operator](operands) & 0xFFFFFFFF)
     except ProtocolError:
-        if not results:  # otherwise those before it are answered first
+        if not results:  # otherwise, return the replies to the requests before it
             raise
     return pack(f"<{len(results)}I", *results), data[end:]
 
 
 async def read_and_answer(connection: Connection) -> bytes:
-    """Receive all the requests that have arrived, at least one, and return their replies."""
+    """Receive all requests that have arrived, at least one, and return their replies."""
     data = await connection.receive_some()
     replies, rest = answer(data)
     while not replies:
         replies, rest = answer(rest + await connection.receive_some())
     connection.unreceive(rest)
-    connection.count_requests(len(replies) // Reply.SIZE - 1)  # they are returned as one
+    connection.count_requests(len(replies) // Reply.SIZE - 1)  # `requests` counts one
     return replies
 
 
 async def op_handler(
     stream: trio.abc.Stream, *, idle_timeout: float = IDLE_TIMEOUT, request_timeout: float = REQUEST_TIMEOUT
 ) -> None:
-    """Serve one op connection until the client ends it, or sends what is no request.
+    """Serve one op connection until the client ends it, or sends a malformed request.
 
-    Runs under `trioproto.serve_tcp` and `trio.serve_tcp`, on any stream. Whatever the client does ends this
-    connection and nothing else: a client's faults are never raised, but logged in one line each. A malformed
-    request has no reply; the client gets every reply to the requests before it, then end of stream.
+    Runs under `trioproto.serve_tcp` and `trio.serve_tcp`, on any stream. A misbehaving client affects only its own
+    connection: client errors are never raised, but logged, in one line each. A malformed request has no reply; the
+    client gets the replies to all requests before it, then end of stream.
 
     Args:
         stream: the client's. It is closed when this returns.
-        idle_timeout: seconds, above 0, between two requests, or without the client taking a byte of a reply, after
+        idle_timeout: seconds, above 0, between two requests, or in which the client receives no byte of a reply, after
             which the server ends the connection.
-        request_timeout: seconds, above 0, from a request's first byte to its last, after which it does.
+        request_timeout: seconds, above 0, for a whole request from its first byte, and for a TLS handshake.
 
-    On cancellation, the connection is closed at once and the cancellation goes on.
+    On cancellation, the connection is closed at once, and the cancellation propagates.
     """
     async with Connection(stream, idle_timeout=idle_timeout, request_timeout=request_timeout) as connection:
         async for replies in connection.requests(read_and_answer):
@@ -220,11 +220,11 @@ async def op_request(stream: trio.abc.Stream, operands: Iterable[int], operator:
         operator: ``"+"``, ``"-"`` or ``"*"``.
 
     Raises:
-        ValueError: for other operands or another operator, before anything is sent; the message says what is wrong.
+        ValueError: for any other value, before anything is sent; the message says which and why.
         IncompleteReadError: if the server ends the connection before it has replied.
         trio.BrokenResourceError: if the connection breaks first.
 
-    On cancellation, the stream is left in the middle of a message and of no more use than to be closed.
+    On cancellation, the stream is in the middle of a message, and can only be closed.
     """
     await stream.send_all(Request(operands, operator).encode())
     return Reply.decode(await receive_exactly(stream, Reply.SIZE)).result

@@ -1,15 +1,15 @@
 """A TCP server in structured concurrency: one nursery, a task for each listener and each connection.
 
-`serve_tcp` and `serve_listeners` take the same arguments as Trio's functions of these names (``handler_nursery``
-aside) and more on top. A handler is ``async def handler(stream) -> None``; the server knows nothing of what it
-speaks.
+`serve_tcp` and `serve_listeners` take the same arguments as Trio's functions of these names (except
+``handler_nursery``), and more. A handler is ``async def handler(stream) -> None``; the server does not depend on its
+protocol.
 
-Who supervises whom::
+Task tree::
 
     the task that awaits serve_listeners: waits for `shutdown`, then for all below
-    └── nursery: cancels what is left when the grace period is over
-        ├── _Acceptor.run, for each listener: accepts, and starts the tasks of connections
-        ├── _Connections._run, for each connection: awaits the handler; a crash is logged, and ends here
+    └── nursery: cancels the remaining tasks when the grace period expires
+        ├── _Acceptor.run, for each listener: accepts connections, and starts their tasks
+        ├── _Connections._run, for each connection: awaits the handler; catches and logs its crash
         │   └── nursery of a `trioproto.Connection` with `max_unsent`
         │       └── Connection._send_what_is_pushed
         └── close_as_broken, for each connection that is refused
@@ -36,7 +36,7 @@ from trioproto.transport import close_as_broken
 
 _log = logging.getLogger(__name__)
 
-# Has one record for each connection that has ended. An access log is this logger at level DEBUG.
+# Logs one record for each connection that has ended, at level DEBUG.
 _access_log = logging.getLogger("trioproto.access")
 
 StreamT = TypeVar("StreamT", bound=trio.abc.Stream)
@@ -44,11 +44,11 @@ ListenerT = TypeVar("ListenerT", bound=trio.abc.Listener[Any])
 
 OnTick = Callable[["ServerStats"], Awaitable[object]]
 
-# What accept(2) may report, and what is done about it. Everything else means that the listener itself is unusable
-# (closed, not listening): that is raised.
+# How errors of accept(2) are handled. All others mean that the listener itself is unusable (closed, not listening), and
+# are raised.
 
-# This one connection is gone, or was refused by a firewall, before it could be accepted; Linux passes on errors that
-# its network had for it. The next one may be fine.
+# One connection was lost, or refused by a firewall, before it could be accepted; Linux reports its pending network
+# errors here. The next one may be fine.
 _CONNECTION_ERRNOS = {
     errno.ECONNABORTED,
     errno.ECONNRESET,
@@ -64,54 +64,54 @@ _CONNECTION_ERRNOS = {
     getattr(errno, "ENONET", errno.EPROTO),  # Linux only
 }
 
-# The process or the system is short of descriptors or memory. Connections stay in the kernel's queue while we wait for
-# others to end.
+# The process or the system is short of descriptors or memory. New connections stay in the kernel's accept queue while
+# the acceptor waits for others to end.
 _CAPACITY_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 CAPACITY_WAIT = 0.1
 
-# How many connections one wake-up accepts before the others get their turn.
+# How many connections are accepted before other tasks run.
 ACCEPT_BATCH = 128
 
-# A process that has more connections than others leaves a new one to them. They mostly take it within a few turns of
-# the scheduler, or within some milliseconds where they have to wait for a core. If nobody does, they are busy, or hang:
-# then it accepts so many itself before it asks again.
+# A process that has more connections than others leaves a new one to them. They usually accept it within a few passes
+# of the scheduler, or within some milliseconds if they have to wait for a core. If they do not, they are busy or hang:
+# then this process accepts this many connections before it gives way again.
 GIVE_WAY_PAUSES = [0.0] * 20 + [0.001] * 4
 GIVE_WAY_BATCH = 4
 
-# So many such connections in a row are no accident, but something that refuses all of them, such as a sandbox. Then the
-# acceptor waits like one that is short of descriptors.
+# This many lost connections in a row mean that something, such as a sandbox, refuses all of them. The acceptor then
+# waits, as in a shortage of descriptors.
 LOST_IN_A_ROW = 100
 
-# In a stop, how long a listener that is no socket is asked whether a connection waits.
+# In a stop, how many seconds to wait for a queued connection of a listener that is not a socket.
 LAST_LOOK = 0.01
 
-# In a stop, for how many seconds the connections that are queued are still accepted. Where they go on arriving, or wait
-# for places at the limit, the queue would never be seen empty, and the grace period would end in cut requests.
+# In a stop, how many seconds queued connections are still accepted. Without a limit, if more keep arriving, or if
+# `max_connections` is reached, the queue might never become empty before the grace period expires and cuts requests.
 EMPTYING_SECONDS = 1.0
 
 
-# The bounds, in seconds, of `ServerStats.durations`: from connections for one request to those that last for days.
+# The upper bounds, in seconds, of the buckets of `ServerStats.durations`.
 DURATIONS = (0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0, 86400.0)
 
 
 @attrs.frozen
 class ServerStats:
-    """What a server has done so far: a snapshot.
+    """A snapshot of a server's statistics.
 
     Attributes:
-        accepted: connections since the server began.
+        accepted: connections accepted since the server started.
         active: connections open now.
         crashed: connections whose handler raised an exception.
-        uptime: seconds since the server began, on Trio's clock.
-        refused: how many of ``accepted`` were ended unserved, because their client had too many, or because they came
-            from no trusted proxy.
-        accept_errors: how often accepting has failed: a connection was lost before, or descriptors or memory are short.
-        received: bytes of all connections, open ones included, as far as a `trioproto.Connection` received them.
-        sent: bytes that the system took to be sent to clients, likewise.
+        uptime: seconds since the server started, on Trio's clock.
+        refused: how many of ``accepted`` were closed unserved, because their client had too many connections, or
+            because they did not come from a trusted proxy.
+        accept_errors: how often accepting has failed: the connection was lost, or descriptors or memory were short.
+        received: bytes from clients, including open connections. Counts only what a `trioproto.Connection` received.
+        sent: bytes to clients that the kernel has accepted, likewise.
         requests: requests that were read, likewise.
-        ended: connections that have ended, by how they did; without those that were refused.
-        durations: how many of these took up to each of `DURATIONS`, and not up to the one before; and how many longer.
-        seconds: how many seconds these took, all together.
+        ended: connections that have ended, by how they ended; without those that were refused.
+        durations: histogram of how long these lasted: one bucket up to each of `DURATIONS`, and one above.
+        seconds: sum of how many seconds these lasted.
     """
 
     accepted: int
@@ -142,50 +142,48 @@ async def serve_listeners(
     on_start: Callable[[Callable[[], ServerStats]], object] | None = None,
     task_status: trio.TaskStatus[list[ListenerT]] = trio.TASK_STATUS_IGNORED,
 ) -> ServerStats:
-    """Accept connections from ``listeners``, and run ``handler(stream)`` in a task of its own for each.
+    """Accept connections from ``listeners``, and run ``handler(stream)`` in a new task for each.
 
-    A handler's crash is logged with its traceback, ends its own connection, and nothing else. A stream that the
-    handler leaves open is closed forcefully.
+    If a handler crashes, the exception is logged with its traceback, and only its own connection ends. If a handler
+    leaves its stream open, it is closed forcefully.
 
     Args:
         handler: an async function that serves one connection.
-        listeners: where connections come from, one or more. They are closed in the end.
-        tick: seconds, above 0, between two wake-ups of the accept loop, as by the timeout of ``accept()`` in a
-            game server's loop. None: the loop just waits.
-        on_tick: awaited in the accept loop on each tick, with the `ServerStats` of that moment. The nth tick is
-            due ``n * tick`` seconds after the start, whatever the connections and the ticks before it did; those
-            that are missed because one took too long are left out. While it runs, the first listener's new
-            connections wait in the kernel's queue. An exception that it raises ends the server.
-        max_connections: how many connections are served at once, 1 or more; the kernel's queue holds the rest, and
-            none is refused. None: as many as come.
+        listeners: one or more. They are closed at the end.
+        tick: seconds, above 0, between wake-ups of the accept loop, like the timeout of ``accept()`` in a game server's
+            loop. None: no ticks.
+        on_tick: awaited in the accept loop on each tick, with the current `ServerStats`. The nth tick is due
+            ``n * tick`` seconds after the start, regardless of connections and earlier ticks; ticks that are missed
+            because one took too long are skipped. While it runs, the first listener's new connections wait in the
+            kernel's accept queue. An exception from it ends the server.
+        max_connections: how many connections are served at once, 1 or more; further ones wait in the kernel's accept
+            queue, and none is refused. None: no limit.
         max_connections_per_client: how many connections one client may have at once, 1 or more. A client is an IPv4
-            address, or an IPv6 network of 64 bits; those that have neither, as on UNIX sockets, are not limited. What
-            is more is reset at once, takes no place of ``max_connections``, and counts as `ServerStats.refused`; the
-            first of them is logged, and again after the client has had fewer. None: as many as come.
-        shutdown: stops the server once it is set. Connections that wait in the kernel's queue are still served, as
-            far as they can be accepted within a second (`EMPTYING_SECONDS`), and the listeners closed. A listener that
-            its owner closes at the same time, because its socket has another server to serve its queue, is left alone.
-            Handlers with a `trioproto.Connection` finish the requests that are under way and end; other handlers are
-            waited for.
-        grace_period: seconds, 0 or more, from ``shutdown`` until the connections that are left are cancelled. The
-            default is to wait for all of them.
-        give_way: for processes that share listening sockets: called with the number of open connections before each is
-            accepted. While it returns True, because others have fewer, they are given some milliseconds to accept it
-            first. None: whoever is first accepts.
-        on_start: called once, before anything is accepted, with a function that returns the `ServerStats` of the moment
+            address or an IPv6 /64 network; others, such as on UNIX sockets, are not limited. Further connections are
+            reset at once, do not count towards ``max_connections``, and are counted in `ServerStats.refused`; the first
+            is logged, and again after the client has had fewer. None: no limit.
+        shutdown: stops the server once it is set. Connections in the kernel's accept queue are still served, as far as
+            they can be accepted within a second (`EMPTYING_SECONDS`), and the listeners are closed. If the owner of a
+            listener closes it at the same time, its queue is left to the next server on the same socket. Handlers with
+            a `trioproto.Connection` finish the requests that have begun, and end; other handlers are waited for.
+        grace_period: seconds, 0 or more, from ``shutdown`` until the remaining connections are cancelled. The default
+            is to wait for all of them.
+        give_way: for processes that share listening sockets: called with the number of open connections before each
+            accept. While it returns True, because other processes have fewer, they are given some milliseconds to
+            accept first. None: accept at once.
+        on_start: called once, before anything is accepted, with a function that returns the current `ServerStats`
             whenever it is called: unlike ``on_tick``, also during a stop.
         task_status: for `trio.Nursery.start`, which returns ``listeners``.
 
     Returns:
-        The last `ServerStats`, when ``shutdown`` was set and every connection has ended.
+        The last `ServerStats`, after ``shutdown`` was set and every connection has ended.
 
     Raises:
-        TypeError: for a ``handler`` that is no function.
-        ValueError: for a setting out of its range, an ``on_tick`` without ``tick``, or no listeners: a server that
-            nobody can connect to is a mistake, and without an acceptor nothing would tick.
-        OSError: in the nursery's exception group, if accepting fails because of the listener itself (accept(2):
-            EBADF, EINVAL, ENOTSOCK). Errors of one connection pass; a lack of descriptors or memory is logged once
-            and waited out.
+        TypeError: if ``handler`` is not callable.
+        ValueError: if a setting is out of range, ``on_tick`` is given without ``tick``, or there are no listeners.
+        OSError: in an exception group, if accepting fails because of the listener itself (accept(2): EBADF, EINVAL,
+            ENOTSOCK). Errors of one connection are ignored; a shortage of descriptors or memory is logged once, and
+            waited out.
 
     On cancellation, every connection is cancelled and every listener closed. ``shutdown`` cancels an ``on_tick`` that
     is running.
@@ -205,7 +203,7 @@ async def serve_listeners(
         for number, listener in enumerate(listeners):
             scope = trio.CancelScope()
             accepting.append(scope)
-            # One loop ticks, so that the ticks come once however many listeners there are.
+            # Only one loop ticks, however many listeners there are.
             interval = tick if tick is not None and number == 0 else math.inf
             nursery.start_soon(_Acceptor(listener, connections, shutdown, give_way).run, interval, on_tick, scope)
         task_status.started(listeners)
@@ -234,15 +232,15 @@ async def serve_tcp(
     grace_period: float = math.inf,
     task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
 ) -> ServerStats:
-    """Listen for TCP connections, and run ``handler(stream)`` in a task of its own for each.
+    """Listen for TCP connections, and run ``handler(stream)`` in a new task for each.
 
     Args:
         handler: an async function that serves one connection.
         port: 0 to 65535; 0 lets the kernel pick one.
-        host: the name or address to listen on, all that a name stands for. None, the default, is every address of this
-            machine, as for `trio.serve_tcp`: give ``127.0.0.1`` to a server for this machine alone.
+        host: the name or address to listen on; a name may have several addresses. None, the default, is every address
+            of this machine, as for `trio.serve_tcp`; ``127.0.0.1`` accepts connections from this machine only.
         backlog: how many connections the kernel queues before they are accepted; None for as many as it allows.
-        tick: as for `serve_listeners`, like all that follows.
+        tick: as for `serve_listeners`, like the following.
         on_tick: see there.
         max_connections: see there.
         max_connections_per_client: see there.
@@ -258,7 +256,7 @@ async def serve_tcp(
 
     On cancellation, every connection is cancelled and every listener closed.
     """
-    # Before anything is open that would be left so.
+    # Before anything is open.
     check_handler(handler)
     check_settings(tick, on_tick, max_connections, max_connections_per_client, grace_period)
     listeners = await trio.open_tcp_listeners(port, host=host, backlog=backlog)
@@ -276,7 +274,7 @@ async def serve_tcp(
 
 
 def check_handler(handler: object) -> None:
-    """Raise `TypeError` for what is no function, such as the coroutine that a call of one has returned."""
+    """Raise `TypeError` if ``handler`` is not callable, such as a coroutine instead of an async function."""
     if not callable(handler):
         raise TypeError(f"handler must be an async function, not {handler!r}: pass the function without calling it")
 
@@ -288,7 +286,7 @@ def check_settings(
     max_connections_per_client: int | None,
     grace_period: float,
 ) -> None:
-    """Raise `ValueError` for a setting of `serve_listeners` that is out of its range."""
+    """Raise `ValueError` for a setting of `serve_listeners` that is out of range."""
     if tick is not None and not tick > 0:
         raise ValueError(f"tick must be above 0 seconds, not {tick}")
     if on_tick is not None and tick is None:
@@ -302,7 +300,7 @@ def check_settings(
 
 
 class _Connections:
-    """Runs a task for each connection in one nursery, and keeps count."""
+    """Runs a task for each connection in one nursery, and counts them."""
 
     def __init__(
         self,
@@ -362,7 +360,7 @@ class _Connections:
         self._accepted += 1
         if self._client_limit is not None and not self._client_limit.enter(address):
             self._refused += 1
-            # A reset leaves nothing behind in the kernel, and tells the client that this is no end in order.
+            # A reset leaves no state in the kernel, and does not look like a normal end to the client.
             self._nursery.start_soon(close_as_broken, stream)
             return
         accepted = Accepted(stream, address, server, self._drain, trio.current_time())
@@ -382,7 +380,7 @@ class _Connections:
             how = "crashed"
             self._log_crash(accepted, number, crash)
         except BaseExceptionGroup as group:
-            # A nursery in the handler may group its bug with a cancellation. That one has to go on.
+            # A nursery in the handler may group a bug with a cancellation, which must propagate.
             crashes, rest = group.split(Exception)
             if crashes is not None:
                 how = "crashed"
@@ -454,28 +452,28 @@ class _Acceptor:
         self._give_way = give_way
         self._server = _listener_name(listener)
         self._short = False  # of descriptors or memory
-        self._lost = 0  # connections in a row that were gone, or refused, before they were accepted
+        self._lost = 0  # connections in a row that were lost, or refused, before they were accepted
 
     async def run(self, tick: float, on_tick: OnTick | None, until_shutdown: trio.CancelScope) -> None:
-        """Accept until ``until_shutdown`` is cancelled, then take in what is still queued, and close the listener."""
+        """Accept until ``until_shutdown`` is cancelled, then accept what is still queued, and close the listener."""
         async with self._listener:
             with _borrowed_socket(self._listener) as listening:
                 began = trio.current_time()
                 number = 1
                 with until_shutdown, self._ignore_closing_in_a_stop():
                     while True:
-                        # Inside the scope the loop runs undisturbed; only the tick gets out of it.
+                        # The accept loop keeps running until the next tick.
                         with trio.move_on_after(max(0.0, began + number * tick - trio.current_time())):
                             await self._accept(listening, forever=True)
                         if on_tick is not None:
                             await on_tick(self._connections.stats())
-                        # Counted from the beginning, the schedule cannot drift; a tick that is past is left out.
+                        # Counted from the start, so that the schedule does not drift; missed ticks are skipped.
                         number = max(number + 1, math.ceil((trio.current_time() - began) / tick))
                 with trio.move_on_after(EMPTYING_SECONDS), self._ignore_closing_in_a_stop():
                     await self._accept(listening, forever=False)
 
     async def _accept(self, listening: socket.socket | None, *, forever: bool) -> None:
-        """Accept and start connections: for ever, or as long as some are queued."""
+        """Accept and start connections: forever, or until the queue is empty."""
         empty = False
         sure = ACCEPT_BATCH
         while forever or not empty:
@@ -487,11 +485,11 @@ class _Acceptor:
                         sure = await self._let_others_accept()
                     else:
                         await trio.lowlevel.checkpoint()
-                    if self._listener.socket.fileno() == -1:  # and ``listening`` may be another's by now
+                    if self._listener.socket.fileno() == -1:  # closed; the descriptor may have been reused
                         raise trio.ClosedResourceError("this listener was closed")
                     empty = self._start_queued(listening, sure)
                 else:
-                    # Two listeners that are no sockets may both wait here for the last place: one is served too many.
+                    # Two such listeners may both wait here for the last place, and exceed the maximum by one.
                     with trio.move_on_after(math.inf if forever else LAST_LOOK) as look:
                         stream = await self._listener.accept()
                         self._connections.start(stream, peer_address(stream), self._server)
@@ -505,14 +503,14 @@ class _Acceptor:
                 self._short = False
 
     async def _let_others_accept(self) -> int:
-        """Leave what is queued to processes with fewer connections, for a moment.
+        """Give processes with fewer connections some time to accept those that are queued.
 
         Returns:
-            How many may be accepted before they are given way again.
+            How many connections to accept before giving way again.
 
-        The kernel does not share connections out: epoll wakes all that wait for a listening socket, the first to ask is
-        given the connection, and that is mostly the same one. With a queue for each process (SO_REUSEPORT), a hash of
-        the addresses would share them, whatever each process has, and the queue of one that ends would be lost.
+        The kernel does not balance connections: epoll wakes all processes that wait for a listening socket, and the
+        first to accept gets the connection, usually the same one. With a queue for each process (SO_REUSEPORT), a hash
+        of the addresses would distribute them, regardless of load, and the queue of a process that ends would be lost.
         """
         if self._give_way is None:
             return ACCEPT_BATCH
@@ -531,17 +529,17 @@ class _Acceptor:
                 raise
 
     def _start_queued(self, listening: socket.socket, sure: int) -> bool:
-        """Start the connections that are queued, as far as there is room: a burst in one wake-up.
+        """Accept and start queued connections, up to the limits: a burst in one wake-up.
 
         Args:
             listening: the socket.
-            sure: how many are started, whether or not other processes have fewer connections.
+            sure: how many are accepted even if other processes have fewer connections.
 
         Returns:
             Whether the queue is empty now.
 
         Raises:
-            OSError: what accept(2) reports.
+            OSError: from accept(2).
         """
         try:
             for number in range(ACCEPT_BATCH):
@@ -572,17 +570,17 @@ class _Acceptor:
 
 
 def _listener_name(listener: trio.abc.Listener[Any]) -> str:
-    """Name a listener for log lines: the address on which it listens, or its class if it has none."""
+    """Return a listener's name for log lines: its address, or the name of its class if it has none."""
     if isinstance(listener, trio.SSLListener):
         listener = listener.transport_listener
     if isinstance(listener, trio.SocketListener):
         return format_address(listener.socket.getsockname())
-    address = getattr(listener, "address", None)  # a network in memory has addresses, too
+    address = getattr(listener, "address", None)  # listeners of an in-memory network have addresses, too
     return type(listener).__name__ if address is None else format_address(address)
 
 
 class _ListeningSocket(socket.socket):
-    """Works out once what `accept` would work out for each connection's socket."""
+    """Caches attributes that `accept` would otherwise compute for each connection."""
 
     @functools.cached_property
     def family(self) -> socket.AddressFamily:
@@ -595,17 +593,17 @@ class _ListeningSocket(socket.socket):
 
 @contextlib.contextmanager
 def _borrowed_socket(listener: trio.abc.Listener[Any]) -> Iterator[socket.socket | None]:
-    """Give the standard library's view of a listener's socket; None for a listener that has none.
+    """Yield a standard library socket for the descriptor of a listener; None if the listener is not a socket.
 
-    Trio's ``accept`` waits when the queue is empty, and goes through the scheduler when it is not. The standard
-    library's, on the same descriptor, which Trio has made non-blocking, does neither.
+    Trio's ``accept`` waits if the queue is empty, and goes through the scheduler if it is not. The standard library's,
+    on the same non-blocking descriptor, does neither.
     """
     if not isinstance(listener, trio.SocketListener):
         yield None
         return
     trios = listener.socket
     borrowed = _ListeningSocket(trios.family, trios.type, trios.proto, fileno=trios.fileno())
-    borrowed.settimeout(0)  # or else socket.setdefaulttimeout would have `accept` wait
+    borrowed.settimeout(0)  # otherwise, `accept` would wait if socket.setdefaulttimeout was called
     try:
         yield borrowed
     finally:

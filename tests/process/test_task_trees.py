@@ -22,7 +22,7 @@ ROOT = ""  # the task that awaits all of it
 
 
 class Recorder(trio.abc.Instrument):
-    """Records who supervises whom, as far as both are trioproto's."""
+    """Records the pairs of parent and child tasks that are both trioproto's."""
 
     def __init__(self) -> None:
         self.pairs: Pairs = set()
@@ -42,7 +42,7 @@ def short(name: str) -> str:
 
 def documented(module: ModuleType) -> Pairs:
     """Read a module's tree: each entry of a task, with the task above it, whatever nurseries are between."""
-    (tree,) = re.findall(r"Who supervises whom::\n\n((?:    .*\n)+)", f"{module.__doc__}\n")
+    (tree,) = re.findall(r"Task tree::\n\n((?:    .*\n)+)", f"{module.__doc__}\n")
     above = [(-1, ROOT)]
     pairs = set()
     for branch, entry in re.findall(r"^([ │]*[├└]── )(.*)$", tree, re.MULTILINE):

@@ -92,6 +92,6 @@ def test_help() -> None:
 def test_example() -> None:
     """The server in the documentation is the one that README opens with."""
     assert trioproto.__doc__
-    shown = textwrap.dedent(trioproto.__doc__.partition("::\n\n")[2].partition("\n\nWhat there is")[0])
+    shown = textwrap.dedent(trioproto.__doc__.partition("::\n\n")[2].partition("\n\nThe contents")[0])
     [readme, *_] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert [line for line in shown.splitlines() if line] == [line for line in readme.splitlines() if line]

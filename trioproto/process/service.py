@@ -3,7 +3,7 @@
 `serve_until_signal` is for a server in one process. `trioproto.process.workers.supervise_until_signal` does the same
 for several. `run_until_signal` is what both have in common: listeners, signals, and the order of things in a stop.
 
-Who supervises whom::
+Task tree::
 
     the task that awaits serve_until_signal, mostly trio.run's main task
     └── nursery of run_until_signal: cancelled by a second signal, and when the server has returned

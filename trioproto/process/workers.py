@@ -1,6 +1,6 @@
 """Worker processes that share listening sockets, supervised by one nursery.
 
-Who supervises whom::
+Task tree::
 
     the task that awaits supervise_until_signal, mostly trio.run's main task
     └── nursery of run_until_signal, with its tasks: see service.py

@@ -1,9 +1,9 @@
-r"""For tests of servers and protocols, your own among them: a network in memory, and fakes of single streams.
+r"""For tests of servers and protocols, including your own: an in-memory network, and fake streams.
 
-`converse` and `fragmentations` test a handler against every way in which a request can arrive. A whole server runs on
-a `Network`, in no real time: ``autojump_clock`` is a fixture of pytest-trio (with ``trio_mode = true`` in pytest's
-settings) that skips all waits. This tests that the README's server, in its stop, still answers a request that has
-begun, though the rest of it is late::
+`converse` and `fragmentations` test a handler with every way in which a request can be split. A whole server can run on
+a `Network`, without real waiting: ``autojump_clock`` is a fixture of pytest-trio (with ``trio_mode = true`` in pytest's
+settings) that skips all waits. This tests that the README's server, in a graceful stop, still answers a request that
+has begun, even if the rest of it is late::
 
     async def test_stop(autojump_clock):
         network = Network(seed=1, latency=0.2)

@@ -1,7 +1,7 @@
-# ruff: noqa: SLF001 - the classes of this module are one machine: the two ends of a connection know each other
-r"""A TCP-like network in memory, on Trio's clock, for tests of servers and clients.
+# ruff: noqa: SLF001 - the classes of this module use each other's internals
+r"""An in-memory TCP-like network, on Trio's clock, for tests of servers and clients.
 
-A test of your own server, with pytest-trio::
+A test of a server, with pytest-trio::
 
     async def test_shout(autojump_clock: trio.testing.MockClock) -> None:
         network = Network(seed=1)
@@ -15,17 +15,17 @@ A test of your own server, with pytest-trio::
 There are no background tasks, and nothing has to be closed: each segment has a time of arrival, and a receive sleeps
 until then. With ``MockClock(autojump_threshold=0)``, as in ``autojump_clock``, hours take milliseconds.
 
-Bytes arrive in order. A segment that overtakes another one waits for it, and both arrive together; so one receive
-returns a part of a message or several messages. A sender may have ``buffer_size`` bytes in flight or unread; then it
-waits for a window update, which is sent when half of that has been read (RFC 9293, section 3.8.6.2.2) and takes half
-the largest latency. Connections do not time out: real systems wait for a silent peer for minutes (RFC 1122, section
-4.2.3.5) or forever, so a program needs time-outs of its own.
+Bytes arrive in order. A segment that overtakes another one waits for it, and both arrive together, so one receive may
+return part of a message or several messages. A sender may have ``buffer_size`` bytes in flight or unread; then it waits
+for a window update, which is sent when half of that has been read (RFC 9293, section 3.8.6.2.2) and takes half the
+maximum latency. Connections do not time out: real systems wait for a silent peer for minutes (RFC 1122, section
+4.2.3.5) or forever, so a program needs its own time-outs.
 
-Each direction of each connection has its own random source, made from the seed, both ends, and the number of earlier
-connections from the one host to the other. So the order in which Trio runs tasks changes nothing, except which of two
-connections made at one time between the same hosts is first: give each client its own host. That order is random, too,
-but Hypothesis seeds it: Trio ships a plugin for that, and pytest-trio does the same. In a test under ``@given`` that
-calls ``trio.run(..., clock=MockClock(autojump_threshold=0))``, it is the same in each example, unless the test has an
+Each direction of each connection has its own random source, derived from the seed, both addresses, and the number of
+earlier connections from the one host to the other. So Trio's task order does not matter, except for which of two
+simultaneous connections between the same hosts is first: give each client its own host. Trio's order is random, too,
+but Hypothesis seeds it, through a plugin in Trio; pytest-trio does the same. In a test under ``@given`` that calls
+``trio.run(..., clock=MockClock(autojump_threshold=0))``, it is the same in each example, unless the test has an
 argument ``st.random_module()``.
 """
 
@@ -41,23 +41,23 @@ import attrs
 import trio
 from attrs.validators import ge, le
 
-MAX_SEGMENT = 1460  # bytes: Ethernet's MTU of 1500 without 40 of headers (RFC 9293, section 3.7.1)
+MAX_SEGMENT = 1460  # bytes: Ethernet's MTU of 1500 minus 40 bytes of headers (RFC 9293, section 3.7.1)
 MAX_STALL = 60.0  # seconds
 CONNECT_TIMEOUT = 127.0  # seconds, as on Linux (tcp(7), tcp_syn_retries)
-DYNAMIC_PORTS = range(49152, 65536)  # for ports that nobody chose (RFC 6335, section 6)
+DYNAMIC_PORTS = range(49152, 65536)  # ephemeral ports (RFC 6335, section 6)
 
 
 @attrs.define(eq=False)
 class Network:
-    """Hosts that connect to each other, known by their names. Raises `ValueError` for an argument out of its range.
+    """A network of hosts, identified by name. Raises `ValueError` for an argument out of range.
 
     Args:
         seed: the same seed gives the same latencies, sizes, resets and stalls.
-        latency: seconds, 0 or more. A segment takes from 0 to this. With 0, nothing is late, so nothing is cut.
+        latency: the maximum latency of a segment in seconds, 0 or more. With 0, data is not split.
         reset: the probability, 0 to 1, that a segment is lost, and its connection reset for both ends when it is due.
-        stall: the probability, 0 to 1, that a segment is late by up to a minute (`MAX_STALL`), and with it what
-            follows it.
-        buffer_size: how many bytes, 1 or more, one direction of a connection holds, in flight and unread.
+        stall: the probability, 0 to 1, that a segment, and all that follow it, are delayed by up to a minute
+            (`MAX_STALL`).
+        buffer_size: how many bytes, 1 or more, one direction of a connection may have in flight and unread.
     """
 
     seed: int = 0
@@ -74,10 +74,11 @@ class Network:
 
     @property
     def trace(self) -> list[tuple[float, str, str, int]]:
-        """What has happened: ``(time, where, event, bytes)``, sorted; equal events at one time are one, with their sum.
+        """All events so far: ``(time, where, event, bytes)``, sorted; equal simultaneous events are added up.
 
-        At an end, as ``client:1234 > server:9000``: ``connect``, ``send``, ``receive``, ``eof``, ``close``, ``reset``;
-        to what it sent: ``network reset``, ``stall``; to hosts: ``partition``, ``repair``, ``crash``, ``start``.
+        Of one end, such as ``client:1234 > server:9000``: ``connect``, ``send``, ``receive``, ``eof``, ``close``,
+        ``reset``; of segments that it sent: ``network reset``, ``stall``; of hosts: ``partition``, ``repair``,
+        ``crash``, ``start``.
         """
         return sorted((*event, size) for event, size in self._trace.items())
 
@@ -85,7 +86,8 @@ class Network:
         """Listen on ``host``, which is up again if it had crashed.
 
         ``port`` is from 1 to 65535, or 0 for a free one. While ``backlog`` connections, 1 or more, wait to be accepted,
-        further ones are retried each second, as when a SYN is dropped. Raises `OSError`: ``EADDRINUSE``, if taken.
+        further ones are retried each second, as when a SYN is dropped. Raises `OSError`: ``EADDRINUSE``, if the port is
+        in use.
         """
         address = (host, port or next(free for free in DYNAMIC_PORTS if (host, free) not in self._listeners))
         if address in self._listeners:
@@ -95,10 +97,11 @@ class Network:
         return self._listeners[address]
 
     async def connect(self, host: str, port: int, *, source: str = "client") -> "NetworkStream":
-        """Connect to where ``host`` listens, from the host ``source``, which is up again if it had crashed.
+        """Connect to a port of ``host`` from the host ``source``, which is up again if it had crashed.
 
-        Raises `OSError`: ``ECONNREFUSED``, if nobody listens there; ``ETIMEDOUT`` after 127 seconds, if ``host`` has
-        crashed, is cut off, or its backlog stays full. If cancelled, the server sees nothing, or a reset.
+        Raises `OSError`: ``ECONNREFUSED``, if ``host`` does not listen there; ``ETIMEDOUT`` after 127 seconds, if it
+        has crashed, is partitioned from ``source``, or its backlog stays full. On cancellation, the server sees nothing
+        or a reset.
         """
         self._start(source)
         number = self._connected[source, host]
@@ -116,7 +119,7 @@ class Network:
                         break
                     await trio.sleep(1)
                 await trio.sleep(answer_latency)
-                while self._are_cut_off(source, host):  # noqa: ASYNC110 - the answer is sent again and again
+                while self._are_cut_off(source, host):  # noqa: ASYNC110 - the answer is retransmitted
                     await trio.sleep(1)
             except trio.Cancelled:
                 client.reset()
@@ -128,21 +131,21 @@ class Network:
         raise OSError(errno.ETIMEDOUT, f"{host} does not answer on port {port}")
 
     def partition(self, first: str, second: str) -> None:
-        """Cut two hosts off from each other: what is on its way between them, and what follows, is held."""
+        """Disconnect two hosts from each other: data in flight between them, and what they send later, is held."""
         self._partitions.add(frozenset({first, second}))
         self._change(f"{first} | {second}", "partition")
 
     def repair(self, first: str, second: str) -> None:
-        """End a `partition`: what was held and is due by now arrives."""
+        """End a `partition`: data that was held and is due by now arrives."""
         self._partitions.discard(frozenset({first, second}))
         self._change(f"{first} | {second}", "repair")
 
     def crash(self, host: str, *, reset: bool = False) -> None:
-        """Close the listeners and streams of ``host``, and lose what it has sent that is still on its way.
+        """Close the listeners and streams of ``host``, and drop what it has sent and is still in flight.
 
         With ``reset``, as when a process is killed, peers see a reset, and new connections are refused. Without, as
         when a machine loses power, peers see nothing, and new connections time out, until the host listens or connects
-        again; from then on, those who send to an old connection see a reset. Cancel the host's tasks yourself.
+        again; from then on, sending on an old connection leads to a reset. The host's tasks are not cancelled.
         """
         if not reset:
             self._crashed.add(host)
@@ -162,7 +165,7 @@ class Network:
         return first in self._crashed or second in self._crashed or frozenset({first, second}) in self._partitions
 
     def _change(self, where: str, event: str) -> None:
-        """From now on, hold what is on its way between hosts that are cut off, and nothing else."""
+        """Update which streams are held, after a change of which hosts are cut off."""
         self._record(where, event)
         for stream in self._streams:
             stream._settle()
@@ -176,30 +179,30 @@ class Network:
 class NetworkStream(trio.abc.HalfCloseableStream):
     """One end of a connection; ``local_address`` and ``peer_address`` are hosts and ports.
 
-    Once a reset has arrived, sending and receiving raise `trio.BrokenResourceError`, and what had arrived unread is
-    lost (RFC 9293, section 3.10.7.4). They raise `trio.ClosedResourceError` if this end is closed, also meanwhile, or
-    for sending after `send_eof`, and `trio.BusyResourceError` if another task is doing the same.
+    Once a reset has arrived, sending and receiving raise `trio.BrokenResourceError`, and unread data is lost (RFC 9293,
+    section 3.10.7.4). They raise `trio.ClosedResourceError` if this end is closed, also while they wait, or when
+    sending after `send_eof`; and `trio.BusyResourceError` if another task is doing the same.
     """
 
     def __init__(self, local: tuple[str, int], peer: tuple[str, int], network: Network, number: int) -> None:
         self.local_address: tuple[str, int] = local
         self.peer_address: tuple[str, int] = peer
-        self._peer: NetworkStream  # is set by `Network.connect`
+        self._peer: NetworkStream  # set by `Network.connect`
         self._name = f"{local[0]}:{local[1]} > {peer[0]}:{peer[1]}"
         self._network = network
         self._random = random.Random(repr((network.seed, local, peer, number)))  # noqa: S311 - repeatable
-        # What is on its way to this end, and when it arrives: bytes, or room for so many more, or neither: the end.
+        # What is in flight to this end: time of arrival, data, window update in bytes. Neither: end of stream.
         self._incoming: list[tuple[float, bytes, int]] = []
-        self._last_due, self._reset_due = -math.inf, math.inf  # of the last bytes, and of a reset
+        self._last_due, self._reset_due = -math.inf, math.inf  # when the last segment, and a reset, arrive
         self._unread = bytearray()
-        self._read, self._room = 0, network.buffer_size  # since the last window update, and for what this end sends
+        self._read, self._room = 0, network.buffer_size  # bytes read since the last window update; send window
         self._at_end = self._eof_sent = self._broken = self._closed = self._held = False
         self._receiving, self._sending = _Turn(self._next_due), _Turn(self._next_due)
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """Wait for bytes, and return what has arrived: at most ``max_bytes``, 1 or more; ``b""`` at the end.
+        """Wait for data, and return what has arrived: at most ``max_bytes``, 1 or more; ``b""`` at end of stream.
 
-        Raises `ValueError` if ``max_bytes`` is less than 1. If it is cancelled, no byte is lost.
+        Raises `ValueError` if ``max_bytes`` is less than 1. On cancellation, no data is lost.
         """
         if max_bytes is not None and operator.index(max_bytes) < 1:
             raise ValueError(f"max_bytes must be at least 1, not {max_bytes}")
@@ -209,39 +212,39 @@ class NetworkStream(trio.abc.HalfCloseableStream):
         self._network._record(self._name, "receive", len(data))
         self._read += len(data)
         if self._read * 2 >= self._network.buffer_size:
-            # Not with a random latency: then it would matter whether this or a send at the same time comes first.
+            # Not with a random latency, because it would depend on the order of this and a simultaneous send.
             self._peer._expect(trio.current_time() + self._network.latency / 2, b"", self._read)
             self._read = 0
         return data
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Wait until all of ``data`` is on its way. If it is cancelled, the beginning of it may be."""
+        """Wait until all of ``data`` is in flight. On cancellation, part of it may have been sent."""
         rest = memoryview(data)
         while True:
             await self._sending.wait(self._can_send)
             now, rest = rest[: self._room], rest[self._room :]
             self._room -= len(now)
             while now:
-                size = int((MAX_SEGMENT + 1) ** self._random.random())  # mostly small: short messages are cut, too
+                size = int((MAX_SEGMENT + 1) ** self._random.random())  # mostly small, to split short messages, too
                 self._transmit(bytes(now[:size]))
                 now = now[size:]
             if not rest:
                 return
 
     async def wait_send_all_might_not_block(self) -> None:
-        """Wait until there is room to send. Raises what `send_all` raises."""
+        """Wait until the send window is open. Raises what `send_all` raises."""
         await self._sending.wait(self._can_send)
 
     async def send_eof(self) -> None:
-        """Send the end of the stream (FIN); a second time, do nothing. If it is cancelled, nothing is sent."""
+        """Send end of stream (FIN), unless that was done before. On cancellation, nothing is sent."""
         await self._sending.wait(self._check)
         self._transmit(b"")
 
     async def aclose(self) -> None:
-        """Close this end, as close(2): what was sent still arrives, then the end of the stream.
+        """Close this end, like close(2): what was sent still arrives, then end of stream.
 
-        The peer sees a reset instead if bytes have arrived here that nobody received, or once further bytes do
-        (RFC 1122, section 4.2.2.13). If it is cancelled, this end is closed, too. A second time, do nothing.
+        The peer sees a reset instead if there is unread data here, or once further data arrives (RFC 1122, section
+        4.2.2.13). On cancellation, this end is still closed. Does nothing if it was closed before.
         """
         self._settle()
         if self._unread:
@@ -253,7 +256,7 @@ class NetworkStream(trio.abc.HalfCloseableStream):
         await trio.lowlevel.checkpoint()
 
     def reset(self) -> None:
-        """Close this end and reset the connection (RST): what is on its way is lost. If it is closed, do nothing."""
+        """Close this end and reset the connection (RST): data in flight is lost. Does nothing if it was closed."""
         if not self._closed:
             self._network._record(self._name, "reset")
             self._peer._settle()
@@ -275,7 +278,7 @@ class NetworkStream(trio.abc.HalfCloseableStream):
         return self._room > 0
 
     def _settle(self) -> None:
-        """Take in what has arrived by now."""
+        """Process what has arrived by now."""
         now = -math.inf if self._held else trio.current_time()
         self._broken = self._broken or self._reset_due <= now
         while self._incoming and self._incoming[0][0] <= now:
@@ -297,7 +300,7 @@ class NetworkStream(trio.abc.HalfCloseableStream):
         return self._network.latency * self._random.random()
 
     def _transmit(self, data: bytes) -> None:
-        """Send a segment, or the end of the stream once, and draw when it arrives and what happens to it."""
+        """Send a segment, or end of stream once, and draw when it arrives and whether it is lost or stalls."""
         if self._eof_sent:
             return
         self._eof_sent = not data
@@ -336,7 +339,7 @@ class NetworkStream(trio.abc.HalfCloseableStream):
 
 
 class NetworkListener(trio.abc.Listener[NetworkStream]):
-    """Where a host listens; ``address`` is its name and the port."""
+    """A listening port of a host; ``address`` is the host's name and the port."""
 
     def __init__(self, address: tuple[str, int], network: Network, backlog: int) -> None:
         self.address = address
@@ -346,7 +349,7 @@ class NetworkListener(trio.abc.Listener[NetworkStream]):
         self._accepting = _Turn(lambda: -math.inf if self._queue or self._closed else math.inf)
 
     async def accept(self) -> NetworkStream:
-        """Wait for a connection, and return this end of it. If it is cancelled, no connection is lost.
+        """Wait for a connection, and return the server's end of it. On cancellation, no connection is lost.
 
         Raises `trio.BusyResourceError` if another task is accepting, `trio.ClosedResourceError` if this is closed.
         """
@@ -356,7 +359,7 @@ class NetworkListener(trio.abc.Listener[NetworkStream]):
         return self._queue.popleft()
 
     async def aclose(self) -> None:
-        """Stop listening, and reset the connections that nobody accepted; also if it is cancelled."""
+        """Stop listening, and reset the queued connections; also on cancellation."""
         self._close()
         await trio.lowlevel.checkpoint()
 
@@ -378,7 +381,7 @@ class NetworkListener(trio.abc.Listener[NetworkStream]):
 
 
 class _Turn:
-    """Where one task at a time waits until it is ``ready()``, which it looks at when it is ``due()``."""
+    """Lets one task at a time wait until ``ready()``, which it checks at the time ``due()``."""
 
     def __init__(self, due: Callable[[], float]) -> None:
         self._due = due

@@ -1,6 +1,6 @@
-"""Memory-stream fakes for tests of protocols: deliveries cut at will, stalling and breaking streams.
+"""In-memory streams for tests of protocols: with fragmented deliveries, that stall, or that break.
 
-To test a handler of your own against every fragmentation of what a client sends::
+To test a handler with every fragmentation of what a client sends::
 
     @pytest.mark.parametrize("cuts", list(fragmentations(len(REQUEST))))
     async def test_fragmented(cuts):
@@ -18,21 +18,21 @@ import trio
 import trio.testing
 
 Cuts = int | Iterable[int]
-"""How deliveries are cut: one size in bytes for each of them, or the sizes in turn and after the last no more cuts."""
+"""How to split deliveries: one size in bytes for all, or their sizes in order, after which they are not split."""
 
 
 def random_cuts(seed: int, largest: int = 16) -> Iterator[int]:
-    """Yield sizes from 1 to ``largest`` without end, the same ones for the same ``seed``."""
+    """Yield random sizes from 1 to ``largest`` forever; the same ones for the same ``seed``."""
     chance = random.Random(seed)  # noqa: S311 - repeatable on purpose
     while True:
         yield chance.randint(1, largest)
 
 
 def fragmentations(length: int) -> Iterator[tuple[int, ...]]:
-    """Yield every way of cutting ``length`` bytes into deliveries: ``2 ** (length - 1)`` of them.
+    """Yield every way to split ``length`` bytes into deliveries: ``2 ** (length - 1)`` ways.
 
     Args:
-        length: 1 or more; up to about 12 that is a quick test.
+        length: 1 or more; tests are quick up to about 12.
     """
     for cut_here in itertools.product([False, True], repeat=length - 1):
         places = [0, *(place for place, cut in enumerate(cut_here, 1) if cut), length]
@@ -42,16 +42,16 @@ def fragmentations(length: int) -> Iterator[tuple[int, ...]]:
 def fragmented_stream_pair(
     to_first: Cuts = (), to_second: Cuts = ()
 ) -> tuple[trio.abc.HalfCloseableStream, trio.abc.HalfCloseableStream]:
-    """Create two connected streams in memory whose deliveries are cut.
+    """Create two connected in-memory streams with fragmented deliveries.
 
     Args:
-        to_first: how what the first stream receives is cut: the size in bytes, 1 or more, of each delivery, or the
-            sizes in turn, after which there are no more cuts. They may go on without end, as those of `random_cuts` do.
+        to_first: how to split what the first stream receives: the size in bytes, 1 or more, of each delivery, or their
+            sizes in order, after which deliveries are not split. They may be infinite, as from `random_cuts`.
         to_second: the same for what the second stream receives.
 
     Returns:
-        The two streams. One ``receive_some`` never gives more than is left of the current delivery, as if the
-        rest were still on its way.
+        The two streams. One ``receive_some`` never returns more than the rest of the current delivery, as if later
+        bytes had not arrived yet.
     """
     first, second = trio.testing.memory_stream_pair()
     return _with_receiving(first, _Cutting(first, _sizes(to_first))), _with_receiving(
@@ -60,17 +60,17 @@ def fragmented_stream_pair(
 
 
 def stalling_stream(stream: trio.abc.HalfCloseableStream, after: int) -> trio.abc.HalfCloseableStream:
-    """Wrap ``stream`` such that it delivers ``after`` bytes and then nothing more, not even its end.
+    """Wrap ``stream`` so that it delivers ``after`` bytes and then nothing more, not even end of stream.
 
-    Receiving then waits until it is cancelled, as from a peer that has gone silent. Sending is untouched.
+    Receiving then waits until it is cancelled, as from a silent peer. Sending is not affected.
     """
     return _with_receiving(stream, _Failing(stream, after, trio.sleep_forever))
 
 
 def breaking_stream(stream: trio.abc.HalfCloseableStream, after: int) -> trio.abc.HalfCloseableStream:
-    """Wrap ``stream`` such that it delivers ``after`` bytes and then breaks.
+    """Wrap ``stream`` so that it delivers ``after`` bytes and then breaks.
 
-    Receiving then raises `trio.BrokenResourceError`, as after a reset. Sending is untouched.
+    Receiving then raises `trio.BrokenResourceError`, as after a reset. Sending is not affected.
     """
 
     async def break_off() -> None:
@@ -85,17 +85,17 @@ async def converse(
 ) -> bytes:
     """Run ``handler`` as a server for one client, and return everything that the client receives.
 
-    The client sends ``sent``, then end of stream, and receives until the handler ends the connection. A handler that
-    never does is waited for: put `trio.fail_after` around it.
+    The client sends ``sent``, then end of stream, and receives until the handler ends the connection. There is no
+    time-out: use `trio.fail_after` for a handler that might not end.
 
     Args:
         handler: serves a stream, as for `trioproto.serve_tcp`. It need not close the stream.
         sent: what the client sends.
-        cuts: how that is cut into deliveries to the handler: their size, or their sizes in turn, as for
+        cuts: how to split that into deliveries to the handler: their size, or their sizes in order, as for
             `fragmented_stream_pair`.
 
     Raises:
-        ExceptionGroup: with whatever ``handler`` raises.
+        ExceptionGroup: with what ``handler`` raises.
 
     On cancellation, the handler is cancelled, too.
     """
@@ -108,7 +108,7 @@ async def converse(
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(serve)
-        with contextlib.suppress(trio.BrokenResourceError):  # a handler may end before it has received all
+        with contextlib.suppress(trio.BrokenResourceError):  # the handler may end before it has received everything
             await client.send_all(sent)
             await client.send_eof()
         async for chunk in client:
