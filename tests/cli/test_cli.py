@@ -249,7 +249,7 @@ def test_help(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     ("words", "complaint"),
     [
         ("", "required: COMMAND"),
-        ("echo --port nine", "argument --port: must be a whole number, not 'nine'"),
+        ("echo --port nine", "argument --port: must be an integer, not 'nine'"),
         ("op --port 65536", "argument --port: must be between 0 and 65535, not '65536'"),
         ("op-client --port -1", "argument --port: must be between 0 and 65535, not '-1'"),
         ("echo --fd 99999999999", "argument --fd: must be between 0 and 2147483647, not '99999999999'"),
@@ -272,7 +272,7 @@ def test_help(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
         ("echo-client --stdin hello", "not allowed with argument"),
         ("op-client +", "a request has 1 to 255 operands, not 0"),
         ("op-client " + "1 " * 256 + "+", "a request has 1 to 255 operands, not 256"),
-        ("op-client 1 two +", "operand 'two' is not an integer"),
+        ("op-client 1 two +", "operands must be integers, not 'two'"),
         ("op-client 1 2147483648 +", "operand 2 must be in int32, -2147483648 to 2147483647, not 2147483648"),
         ("op-client 1 2 /", "operator must be one of + - *, not '/'"),
     ],
@@ -414,7 +414,7 @@ def test_signal_before_a_server_listens(number: signal.Signals, monkeypatch: pyt
     """Until a server listens, signals do what they do without one."""
     heeded: list[int] = []
 
-    def heed(number: int, _frame: object) -> None:
+    def handle(number: int, _frame: object) -> None:
         heeded.append(number)
 
     async def serve(*_args: object, **_options: object) -> None:
@@ -423,7 +423,7 @@ def test_signal_before_a_server_listens(number: signal.Signals, monkeypatch: pyt
         raise ListenError("tcp", "nowhere", OSError("that is enough"))
 
     monkeypatch.setattr("trioproto.cli.main.serve_until_signal", serve)
-    before = signal.signal(number, heed)
+    before = signal.signal(number, handle)
     try:
         assert "that is enough" in failure(run("echo"))
     finally:
@@ -434,7 +434,7 @@ def test_signal_before_a_server_listens(number: signal.Signals, monkeypatch: pyt
 def test_server_nobody_listens_to() -> None:
     """A server that cannot say where it listens fails."""
     with closed_pipe() as stdout, running(command("echo", "--port", "0"), stdout=stdout) as server:
-        assert failure(finish(server)) == "trioproto: nobody reads standard output any more"
+        assert failure(finish(server)) == "trioproto: standard output was closed"
 
 
 def test_server_whose_output_is_closed(tmp_path: Path) -> None:
@@ -566,10 +566,10 @@ def test_op_dialogue(typed: bytes, op_port: str) -> None:
 @pytest.mark.parametrize(
     ("typed", "complaint"),
     [
-        (b"256\n", "operand count is 256: not 1 to 255"),
-        (b"1\ntwo\n", "'two' is not an integer"),
+        (b"256\n", "operand count must be from 1 to 255, not 256"),
+        (b"1\ntwo\n", "must be an integer, not 'two'"),
         (b"1\n1\n\xff\n", r"operator must be one of + - *, not '\\xff'"),
-        (b"2\n1\n", "the input ended before the request was complete"),
+        (b"2\n1\n", "end of input before the request was complete"),
     ],
 )
 def test_op_dialogue_with_wrong_answers(typed: bytes, complaint: str, op_port: str) -> None:
@@ -687,13 +687,13 @@ def test_standard_output_closed_early(echo_port: str, much: Path) -> None:
         assert client.stdout is not None
         assert client.stdout.read(10) == MUCH[:10]
         client.stdout.close()
-        assert failure(finish(client)) == "trioproto: nobody reads standard output any more"
+        assert failure(finish(client)) == "trioproto: standard output was closed"
 
 
 def test_standard_output_nobody_reads(op_port: str) -> None:
     """A result that nobody reads is a failure."""
     with closed_pipe() as stdout, running(command("op-client", "--port", op_port, "1", "+"), stdout=stdout) as client:
-        assert failure(finish(client)) == "trioproto: nobody reads standard output any more"
+        assert failure(finish(client)) == "trioproto: standard output was closed"
 
 
 def test_disk_full(echo_port: str, much: Path) -> None:
@@ -805,7 +805,7 @@ def test_reply_ends_too_early(words: str, expected: int) -> None:
             connection.sendall(b"he")
             connection.shutdown(socket.SHUT_WR)
             read_to_end(connection.fileno())
-        reason = f"127.0.0.1:{port_of(listener)} ended the connection: end of stream after 2 of {expected} bytes"
+        reason = f"127.0.0.1:{port_of(listener)} closed the connection: end of stream after 2 of {expected} bytes"
         assert failure(finish(client)) == f"trioproto: {reason}; look at the server's log"
 
 

@@ -246,7 +246,7 @@ async def test_unix_no_socket(kind: str, path: Path) -> None:
     else:
         path.symlink_to("elsewhere")
     before = path.lstat()
-    complaint = "a directory is there" if kind == "directory" else "a file that is no socket is there"
+    complaint = "a directory is there" if kind == "directory" else "a file that is not a socket is there"
     with pytest.raises(OSError, match=complaint) as caught, unix_listener(str(path)):
         pass
     assert caught.value.errno == errno.EADDRINUSE
@@ -296,7 +296,7 @@ async def test_unix_that_cannot_be_removed(path: Path, caplog: pytest.LogCapture
         directory.write_text("no directory")
     await listener.aclose()
     [message] = caplog.messages
-    assert message == "cannot remove unix:directory/socket: Not a directory; the next server there will"
+    assert message == "cannot remove unix:directory/socket: Not a directory; the next server there will remove it"
 
 
 async def test_unix_in_another_directory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,9 +459,14 @@ async def test_no_port(path: Path) -> None:
         ),
         ({"unix": "file/socket"}, "unix", errno.ENOTDIR, "unix:file/socket: Not a directory: .*/file must be a .*"),
         ({"unix": "new/"}, "unix", errno.ENOENT, "unix:new/: No such file or directory: .*"),
-        ({"unix": "."}, "unix", errno.EADDRINUSE, "unix:.: a directory is there, and is left alone"),
-        ({"unix": ""}, "unix", errno.EADDRINUSE, "unix: a directory is there, and is left alone"),
-        ({"unix": "file"}, "unix", errno.EADDRINUSE, "unix:file: a file that is no socket is there, and is left alone"),
+        ({"unix": "."}, "unix", errno.EADDRINUSE, "unix:.: a directory is there, and is not replaced"),
+        ({"unix": ""}, "unix", errno.EADDRINUSE, "unix: a directory is there, and is not replaced"),
+        (
+            {"unix": "file"},
+            "unix",
+            errno.EADDRINUSE,
+            "unix:file: a file that is not a socket is there, and is not replaced",
+        ),
         ({"unix": "live"}, "unix", errno.EADDRINUSE, "unix:live: .* in use: stop the server that listens there"),
         (
             {"unix": "x" * 108},

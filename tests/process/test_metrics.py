@@ -127,7 +127,7 @@ async def test_accept_errors() -> None:
 
 async def test_workers() -> None:
     """The numbers are those of all workers together, and never go back, not even when a worker is killed."""
-    killed = r"worker \d was ended by signal 9 \(Killed\); starting another"
+    killed = r"worker \d was killed by signal 9 \(Killed\); starting another"
     async with serving("op", "--metrics", "0", "--workers", "2", complaints=[killed]) as server:
         address = await where(server)
         pids = await server.workers(2)

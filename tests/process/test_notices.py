@@ -214,7 +214,7 @@ async def test_reload_while_workers_start(manager: Manager) -> None:
         [worker, _] = await server.workers(2)
         with paused(worker):
             server.process.send_signal(signal.SIGHUP)
-            await server.logged("SIGHUP: there is nothing to reload")
+            await server.logged("SIGHUP: nothing to reload")
             with trio.move_on_after(0.2):
                 pytest.fail(f"systemd was told {await manager.notice()}")
         assert await manager.until("READY=1") == []
@@ -223,7 +223,7 @@ async def test_reload_while_workers_start(manager: Manager) -> None:
 async def test_numbers_outlive_a_worker(manager: Manager) -> None:
     """What a worker had accepted counts on when another has replaced it; what was open has ended."""
     command = under(manager, "WATCHDOG_USEC=400000")
-    complaint = r"worker [12] was ended by signal 9 \(Killed\); starting another"
+    complaint = r"worker [12] was killed by signal 9 \(Killed\); starting another"
     async with serving("op", "--workers=2", command=command, complaints=[complaint] * 2) as server:
         async with await server.connect() as stream:
             await server.answers(stream)

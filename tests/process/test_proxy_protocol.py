@@ -429,7 +429,7 @@ async def test_stranger_is_refused(autojump_clock: trio.testing.MockClock, caplo
             await stream.send_all(V4 + b"\n")
             assert await stream.receive_some() == b"203.0.113.7:56324\n"
     assert [re.sub(r":\d{5}", "", line) for line in warnings(caplog)] == [
-        f"{STRANGER} to server:9000: refused: no trusted proxy"
+        f"{STRANGER} to server:9000: refused: not a trusted proxy"
     ] * 2
     assert (server.stats.accepted, server.stats.refused) == (3, 2)
 
@@ -534,7 +534,7 @@ async def break_off(stream: NetworkStream) -> None:
         (b"", break_off, []),
         (V4[:20], break_off, []),
         (b"PRO", hang_up, ["no PROXY header: end of stream after 3 of 5 bytes"]),
-        (V4[:20], hang_up, ["ended in the middle of a PROXY header: end of stream after 4 of 12 bytes"]),
+        (V4[:20], hang_up, ["incomplete PROXY header: end of stream after 4 of 12 bytes"]),
     ],
 )
 async def test_proxy_that_leaves(
@@ -651,7 +651,7 @@ async def test_unix_socket(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
             else:
                 with contextlib.suppress(trio.BrokenResourceError):  # a UNIX socket knows no reset
                     assert await stream.receive_some() == b""
-    assert warnings(caplog) == [f"unix to unix:{tmp_path}/1: refused: no trusted proxy"]
+    assert warnings(caplog) == [f"unix to unix:{tmp_path}/1: refused: not a trusted proxy"]
 
 
 # As a process.
@@ -672,7 +672,7 @@ async def test_command_line(workers: str) -> None:
     options = ["--proxy-protocol=127.0.0.8", "--proxy-protocol=127.0.0.0/30", "--request-timeout=0.3"]
     complaints = [
         r"127\.0\.0\.1:\d+ to 127\.0\.0\.1:\d+: timed out waiting for a PROXY header",
-        r"127\.0\.0\.9:\d+ to 127\.0\.0\.1:\d+: refused: no trusted proxy",
+        r"127\.0\.0\.9:\d+ to 127\.0\.0\.1:\d+: refused: not a trusted proxy",
         r"203\.0\.113\.1:56324 to 127\.0\.0\.1:\d+: protocol error: .*",
     ]
     async with serving("op", *options, f"--workers={workers}", complaints=complaints) as server:

@@ -202,7 +202,7 @@ async def test_nothing_to_reload(workers: int) -> None:
         for number in range(1, 21):
             await stream.send_all(QUESTION[:-1])
             server.process.send_signal(signal.SIGHUP)
-            await server.logged("INFO .* SIGHUP: there is nothing to reload", number)
+            await server.logged("INFO .* SIGHUP: nothing to reload", number)
             await stream.send_all(QUESTION[-1:])
             assert await receive(stream, len(ANSWER)) == ANSWER
 

@@ -19,7 +19,7 @@ from trioproto.process.service import SAME_SIGNAL_SECONDS
 
 WORKERS = pytest.mark.parametrize("workers", ["--workers=1", "--workers=2"])
 STOPS_BY_FORCE = r"the grace period of 0\.5 s expired: cancelled the rest"
-SECOND_SIGNAL = r"a second signal: cancelled what was under way"
+SECOND_SIGNAL = r"second signal: cancelled all connections"
 
 # Runs a command as systemd does: with a listening socket as descriptor 3, and two variables that tell of it.
 AS_SYSTEMD = """
@@ -374,7 +374,7 @@ async def connect_past(server: Server, stack: contextlib.AsyncExitStack, worker:
 
 async def test_killed_worker() -> None:
     """Of a worker that is killed under load, only its own connections break, and another worker takes its place."""
-    killed = r"worker \d was ended by signal 9 \(Killed\); starting another"
+    killed = r"worker \d was killed by signal 9 \(Killed\); starting another"
     async with serving("op", "--workers=2", complaints=[killed]) as server, contextlib.AsyncExitStack() as stack:
         victim, survivor = await server.workers(2)
         theirs, others = [await connect_past(server, stack, other) for other in (survivor, victim)]
@@ -590,7 +590,7 @@ async def test_unix_path_that_is_no_socket(tmp_path: Path) -> None:
     """A file that is no socket is never replaced, and a directory that is not there never made."""
     path = tmp_path / "precious"
     path.write_text("data")
-    assert f"unix:{path}: a file that is no socket is there" in await fails("op", "--unix", str(path))
+    assert f"unix:{path}: a file that is not a socket is there" in await fails("op", "--unix", str(path))
     assert path.read_text() == "data"
     nowhere = tmp_path / "nowhere"
     assert f"create the directory {nowhere} first" in await fails("op", "--unix", str(nowhere / "op"))
@@ -600,7 +600,7 @@ async def test_unix_socket_that_cannot_be_removed(tmp_path: Path) -> None:
     """A server that cannot remove its file finishes what is under way all the same, and ends with status 0."""
     directory = tmp_path / "directory"
     directory.mkdir()
-    complaint = rf"cannot remove unix:{directory}/op: Not a directory; the next server there will"
+    complaint = rf"cannot remove unix:{directory}/op: Not a directory; the next server there will remove it"
     where = ["--unix", str(directory / "op")]
     async with serving("op", where=where, complaints=[complaint]) as server, await server.tcp() as stream:
         await stream.send_all(QUESTION[:-1])

@@ -606,7 +606,7 @@ async def test_second_signal(
         await run(events, stop_takes=1000)
     assert events.names[-3:] == ["shutdown", "cancelled", "returned"]
     assert events.times[-2:] == pytest.approx([6.5, 6.5])
-    assert caplog.messages == ["a second signal: cancelled what was under way"]
+    assert caplog.messages == ["second signal: cancelled all connections"]
 
 
 async def test_signals_within_a_second(

@@ -135,7 +135,7 @@ async def test_stop_between_two(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
         while not caplog.messages:  # noqa: ASYNC110 - there is no event for a line in the log
             await trio.sleep(0.01)
         shutdown.set()
-    assert caplog.messages == ["worker 1 ended with status 3; starting another"]
+    assert caplog.messages == ["worker 1 exited with status 3; starting another"]
 
 
 async def test_killed_worker_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
@@ -151,7 +151,7 @@ async def test_killed_worker_is_replaced(caplog: pytest.LogCaptureFixture) -> No
         shutdown.set()
     [record] = caplog.records
     assert record.levelno == logging.ERROR
-    assert re.fullmatch(r"worker [12] was ended by signal 9 \(Killed\); starting another", record.getMessage())
+    assert re.fullmatch(r"worker [12] was killed by signal 9 \(Killed\); starting another", record.getMessage())
 
 
 @pytest.mark.parametrize("in_a_stop", [False, True], ids=["while they serve", "in a stop"])
@@ -212,7 +212,7 @@ async def test_worker_that_hangs(caplog: pytest.LogCaptureFixture) -> None:
             pid = await workers.pid()
             shutdown.set()
     assert not is_running(pid)
-    assert caplog.messages == ["worker 1 has not stopped in time: killed"]
+    assert caplog.messages == ["worker 1 did not stop in time: killed"]
     await workers.aclose()
 
 
@@ -330,7 +330,7 @@ async def test_second_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
             await trio.sleep(0.2)
             workers.send_signal()
     workers.check_gone(pids)
-    assert caplog.messages == ["a second signal: cancelled what was under way"]
+    assert caplog.messages == ["second signal: cancelled all connections"]
 
 
 async def test_cancellation_until_a_signal(tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ async def test_worker_that_never_serves(
             first, _ = await workers.pids(2)
             nursery.cancel_scope.cancel()
     assert not is_running(first)
-    assert caplog.messages == ["worker 1 has given no sign of life for 0.5 s: killed; starting another"]
+    assert caplog.messages == ["worker 1 sent no heartbeat for 0.5 s: killed; starting another"]
 
 
 # A supervisor that takes workers to hang after 6 s already.
@@ -412,7 +412,7 @@ sys.exit(main())
 
 async def test_worker_that_hangs_while_it_serves() -> None:
     """A worker that is stopped is killed and replaced; meanwhile, the others serve."""
-    complaint = "worker [12] has given no sign of life for 6 s: killed; starting another"
+    complaint = "worker [12] sent no heartbeat for 6 s: killed; starting another"
     async with serving(
         "op", "--workers=2", command=[sys.executable, "-c", IMPATIENT], complaints=[complaint]
     ) as server:
@@ -431,7 +431,7 @@ async def test_worker_that_hangs_while_it_serves() -> None:
             await trio.sleep(2)  # both serve
             async with asking:  # or else this client may be the one with whom the worker hangs
                 os.kill(hanging, signal.SIGSTOP)
-            await server.logged("no sign of life")
+            await server.logged("no heartbeat")
             pids = await server.workers(2)
             assert hanging not in pids
             assert other in pids

@@ -22,7 +22,7 @@ def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
         try:
             number = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+            raise argparse.ArgumentTypeError(f"must be an integer, not {text!r}") from None
         if not least <= number <= most:
             raise argparse.ArgumentTypeError(f"must be {span}, not {text!r}")
         return number

@@ -102,7 +102,7 @@ async def op_dialogue(stream: trio.abc.Stream, reply_timeout: float) -> None:
     await _write(b"Operand count: ")
     count = await words.integer()
     if not 1 <= count <= MAX_OPERANDS:
-        raise ValueError(f"operand count is {count}: not 1 to {MAX_OPERANDS}")
+        raise ValueError(f"operand count must be from 1 to {MAX_OPERANDS}, not {count}")
     operands = []
     for number in range(1, count + 1):
         await _write(f"Operand {number}: ".encode())
@@ -140,7 +140,7 @@ class _Input:
         while not self._words:
             line = await self.line()
             if not line:
-                raise ValueError("the input ended before the request was complete")
+                raise ValueError("end of input before the request was complete")
             self._words = line.split()
         return self._words.pop(0)
 
@@ -149,7 +149,7 @@ class _Input:
         try:
             return int(word)
         except ValueError:
-            raise ValueError(f"{word!r} is not an integer") from None
+            raise ValueError(f"must be an integer, not {word!r}") from None
 
 
 # A terminal or pipe may keep a read or a write waiting for ever. A cancellation, above all by Ctrl-C, leaves the

@@ -184,13 +184,13 @@ def _late_signals_ignored() -> Iterator[Callable[[], None]]:
         nonlocal listening
         listening = True
 
-    def heed(number: int, _frame: object) -> None:
+    def handle(number: int, _frame: object) -> None:
         if not listening:
             signal.signal(number, before[signal.Signals(number)])
             signal.raise_signal(number)
 
     for number in SIGNALS:
-        signal.signal(number, heed)
+        signal.signal(number, handle)
     try:
         yield listens
     finally:
@@ -306,7 +306,9 @@ async def _connected(args: argparse.Namespace) -> AsyncIterator[trio.abc.HalfClo
     except* trio.TooSlowError:
         raise CommandError(f"no reply from {where} {in_time}; look at the server's log") from None
     except* EOFError as group:
-        raise CommandError(f"{where} ended the connection: {failure_reason(group)}; look at the server's log") from None
+        raise CommandError(
+            f"{where} closed the connection: {failure_reason(group)}; look at the server's log"
+        ) from None
     except* trio.BrokenResourceError as group:
         reason = failure_reason(group)
         advice = "look at the server's log"
@@ -351,7 +353,7 @@ def _integer(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"operand {text!r} is not an integer") from None
+        raise ValueError(f"operands must be integers, not {text!r}") from None
 
 
 class _VersionAction(argparse.Action):

@@ -64,7 +64,7 @@ def write_output(data: bytes | bytearray) -> None:
         while rest:
             rest = rest[os.write(STDOUT, rest) :]
     except BrokenPipeError:
-        raise CommandError("nobody reads standard output any more") from None
+        raise CommandError("standard output was closed") from None
     except OSError as error:
         raise CommandError(f"cannot write to standard output: {failure_reason(error)}") from None
 

@@ -1,1 +1,1 @@
-"""What makes a server a process: where it listens, TLS, signals, workers."""
+"""Running a server as a process: listeners, TLS, signals, workers, systemd, metrics."""

@@ -1,4 +1,4 @@
-"""Signs of life from a server's accept loop: they come as long as that, and the event loop below it, go round."""
+"""Heartbeats from a server's accept loop: they show that it, and the event loop, are running."""
 
 import math
 from collections.abc import Callable
@@ -13,16 +13,16 @@ _ROUNDING = 1e-6  # of a tick
 def add_heartbeat(
     tick: float | None, on_tick: OnTick | None, interval: float, beat: Callable[[ServerStats], object]
 ) -> tuple[float | None, OnTick | None]:
-    """Return a ``tick`` and ``on_tick`` that call ``beat``, too, about every ``interval`` seconds.
+    """Return a ``tick`` and ``on_tick`` that also call ``beat`` about every ``interval`` seconds.
 
-    The time between two calls is at least half of ``interval`` and at most one and a half. ``on_tick`` keeps its
-    schedule: ``tick`` is divided, if need be, so that some of the new ticks are the old ones.
+    The time between two calls is between 0.5 and 1.5 times ``interval``. ``on_tick`` keeps its schedule: if necessary,
+    ``tick`` is divided into shorter ticks.
 
     Args:
         tick: as for `trioproto.serve_listeners`.
         on_tick: see there.
         interval: seconds; infinity for no heartbeat.
-        beat: called with the statistics of the moment.
+        beat: called with the current statistics.
     """
     if interval == math.inf:
         return tick, on_tick
@@ -37,7 +37,7 @@ def add_heartbeat(
         if tick is not None and on_tick is not None and stats.uptime / tick + _ROUNDING >= ticks + 1:
             began = trio.current_time() - stats.uptime
             await on_tick(stats)
-            # Those that it has missed because it took too long are left out.
+            # Ticks that were missed because it took too long are skipped.
             ticks = math.floor((trio.current_time() - began) / tick + _ROUNDING)
 
     if tick is None or on_tick is None:

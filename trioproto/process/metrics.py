@@ -1,8 +1,8 @@
-"""What a server does, for Prometheus to scrape: all of its workers together.
+"""Metrics of a server for Prometheus, summed over all of its workers.
 
-Needs the extra ``metrics`` (prometheus-client). That comes with an HTTP server in threads, which would not do here: a
-supervisor forks, which is not safe beside threads (`subprocess.Popen`, ``preexec_fn``), and a peer that breaks off
-would leave a traceback in the log. An answer to one request is a handler like any other.
+Requires the extra ``metrics`` (prometheus-client). The HTTP server of prometheus-client runs in threads and cannot be
+used here: a supervisor forks, which is not safe with threads (`subprocess.Popen`, ``preexec_fn``), and it logs a
+traceback when a peer disconnects. Instead, an ordinary handler answers one request on each connection.
 """
 
 import logging
@@ -21,7 +21,7 @@ from trioproto.server import DURATIONS, serve_listeners
 
 _log = logging.getLogger(__name__)
 
-# What a scrape may take, and how many there may be at once: few ask, and no more can take descriptors from clients.
+# The time-out of a scrape, and how many there may be at once, so that scrapes do not use up the clients' descriptors.
 SCRAPE_SECONDS = 10.0
 MAX_SCRAPES = 10
 
@@ -30,7 +30,7 @@ _PATHS = (b"/", b"/metrics")
 
 
 async def serve_metrics(listeners: list[trio.SocketListener], scoreboard: Scoreboard) -> None:
-    """Answer requests (HTTP/1.1, RFC 9112) for ``/metrics`` on ``listeners`` with what ``scoreboard`` shows, for ever.
+    """Serve the numbers in ``scoreboard`` at ``/metrics`` on ``listeners`` (HTTP/1.1, RFC 9112), forever.
 
     On cancellation, the listeners are closed.
     """
@@ -53,14 +53,14 @@ async def serve_metrics(listeners: list[trio.SocketListener], scoreboard: Scoreb
 
 
 def registry_of(scoreboard: Scoreboard) -> CollectorRegistry:
-    """Return a registry, as prometheus_client has them, with the metrics of all workers together."""
+    """Return a prometheus_client registry with the metrics of all workers."""
     registry = CollectorRegistry()
     registry.register(_Scoreboard(scoreboard))
     return registry
 
 
 class _Scoreboard(Collector):
-    """Asked by prometheus_client for the metrics of the moment."""
+    """Provides prometheus_client with the current metrics."""
 
     def __init__(self, scoreboard: Scoreboard) -> None:
         self._scoreboard = scoreboard
@@ -71,11 +71,11 @@ class _Scoreboard(Collector):
             ("connections_accepted", "Connections accepted", stats.accepted),
             (
                 "connections_refused",
-                "Connections ended unserved: too many of one client, no trusted proxy",
+                "Connections closed unserved: too many from one client, or not from a trusted proxy",
                 stats.refused,
             ),
             ("connections_crashed", "Connections whose handler raised an exception", stats.crashed),
-            ("accept_errors", "Failures to accept: connection lost, out of descriptors or memory", stats.accept_errors),
+            ("accept_errors", "Accept errors: connection lost, out of descriptors or memory", stats.accept_errors),
             ("received_bytes", "Bytes received from clients", stats.received),
             ("sent_bytes", "Bytes sent to clients", stats.sent),
             ("requests", "Requests read", stats.requests),
@@ -93,7 +93,7 @@ class _Scoreboard(Collector):
         for bound, number in zip([*map(str, DURATIONS), "+Inf"], stats.durations, strict=True):
             count += number
             buckets.append((bound, count))
-        documentation = "How long the connections that have ended took"
+        documentation = "Durations of connections that have ended"
         yield HistogramMetricFamily(
             "trioproto_connection_duration_seconds", documentation, buckets=buckets, sum_value=stats.seconds
         )

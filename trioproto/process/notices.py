@@ -1,6 +1,7 @@
-"""What systemd is told of a service: that it is ready, reloads, stops, and is alive (sd_notify(3)).
+"""Notifications to systemd: the service is ready, reloads, stops, and is alive (sd_notify(3)).
 
-A service whose unit has ``Type=notify`` finds the socket for that in its environment. Elsewhere, nobody is told.
+With ``Type=notify`` in the unit, systemd passes the address of its socket in an environment variable. Without that,
+nothing is sent.
 """
 
 import functools
@@ -13,15 +14,15 @@ from trioproto.addresses import failure_reason
 
 _log = logging.getLogger(__name__)
 
-# How often systemd is told what is served, unless it wants signs of life more often.
+# The interval, in seconds, of status notifications, unless the watchdog needs them more often.
 STATUS_SECONDS = 10.0
 
-# Its environment variables. They are meant for one process, and not for its children.
+# systemd's environment variables. They are for this process only, and not for its children.
 VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
 def notify(*assignments: str) -> None:
-    """Tell systemd, if it has started this service, by assignments such as ``READY=1``. Never waits, never fails."""
+    """Send assignments such as ``READY=1`` to systemd, if it started this service. Never blocks, never raises."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -35,20 +36,20 @@ def notify(*assignments: str) -> None:
         _complain(address, failure_reason(error))
 
 
-@functools.cache  # once, however often it fails
+@functools.cache  # log each failure once
 def _complain(address: str, reason: str) -> None:
     _log.error("cannot notify systemd at %s: %s", address, reason)
 
 
 def notify_alive(accepted: int, active: int) -> None:
-    """Tell systemd that this service is alive, and how many connections it has accepted and has now."""
+    """Notify systemd that this service is alive, and how many connections it has accepted and has open."""
     notify("WATCHDOG=1", f"STATUS=accepted {accepted}, active {active}")
 
 
 def notice_interval() -> float:
-    """Return after how many seconds, at the latest, `notify_alive` is due again; infinity if nobody listens.
+    """Return the maximum number of seconds between calls of `notify_alive`; infinity without systemd.
 
-    That is half of what systemd waits (``WatchdogSec``), as it recommends (sd_watchdog_enabled(3)).
+    That is half of the watchdog's time-out (``WatchdogSec``), as sd_watchdog_enabled(3) recommends.
     """
     if not os.environ.get("NOTIFY_SOCKET"):
         return math.inf

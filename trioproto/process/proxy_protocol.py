@@ -1,11 +1,11 @@
-"""The PROXY protocol: a proxy says in a header, before all else, on whose behalf it connects.
+"""The PROXY protocol: a proxy sends a header with the client's address at the start of each connection.
 
-Most proxies and load balancers speak it. The specification is HAProxy's, whose sections are cited below:
+Most proxies and load balancers support it. The sections cited below are those of HAProxy's specification:
 https://www.haproxy.org/download/3.0/doc/proxy-protocol.txt. The header is text in version 1 (section 2.1), and binary
 in version 2 (section 2.2).
 
-Whoever may send such a header can claim any address, so it is believed only from the proxies that the operator names,
-and nobody else is served (section 2: whether there is a header is configured, and never guessed).
+A header can contain any address, so it is accepted only from the proxies that the operator trusts, and other peers are
+not served (section 2: whether there is a header must be configured, not guessed).
 """
 
 import ipaddress
@@ -48,29 +48,29 @@ _LOCAL, _PROXY = range(2)
 _UNSPEC, _INET, _INET6, _UNIX = range(4)
 _MAX_PROTOCOL = 2  # 0 unspecified, 1 stream, 2 datagram
 _UNIX_PATH = 108
-# How many bytes both addresses, and their ports, take in each family.
+# The size in bytes of both addresses and their ports, by family.
 _ADDRESSES = {_UNSPEC: 0, _INET: 2 * 4 + 2 * 2, _INET6: 2 * 16 + 2 * 2, _UNIX: 2 * _UNIX_PATH}
 
 
 class HeaderError(ValueError):
-    """What a proxy sent is no PROXY header."""
+    """A proxy sent an invalid PROXY header, or none."""
 
 
-# Headers, in plain synchronous code.
+# Parsing headers, in synchronous code.
 
 
 def parse_v1(line: bytes) -> tuple[str, int] | None:
-    """Return the client's address and port from a version 1 header; None if it is not known, or the proxy itself.
+    """Return the client's address and port from a version 1 header; None if it does not have them.
 
     Args:
-        line: the header, with the CRLF that ends it.
+        line: the header, including the CRLF at its end.
 
     Raises:
         HeaderError: if it is not exactly what section 2.1 allows.
     """
     match = _V1_LINE.fullmatch(line)
     if match is None:
-        raise HeaderError(f"no PROXY header: {line!r}")
+        raise HeaderError(f"not a PROXY header: {line!r}")
     family, source, target, *ports = [text and text.decode() for text in match.groups()]
     if family is None:
         return None
@@ -79,10 +79,10 @@ def parse_v1(line: bytes) -> tuple[str, int] | None:
         address = parse(source)
         parse(target)
     except ValueError as error:
-        raise HeaderError(f"a PROXY header with a wrong address: {error}") from None
+        raise HeaderError(f"invalid address in a PROXY header: {error}") from None
     source_port, target_port = map(int, ports)
     if max(source_port, target_port) > _MAX_PORT:
-        raise HeaderError(f"a PROXY header with a wrong port: {line!r}")
+        raise HeaderError(f"invalid port in a PROXY header: {line!r}")
     return str(address), source_port
 
 
@@ -90,13 +90,13 @@ def check_v2_start(start: bytes) -> int:
     """Return how many bytes of a version 2 header follow its first 16 (section 2.2).
 
     Raises:
-        HeaderError: if these cannot begin a header, or it would be too short for the addresses that it announces.
+        HeaderError: if they are not the start of a valid header, or its length is too small for its address family.
     """
     version, command = divmod(start[12], 16)
     family, protocol = divmod(start[13], 16)
     length = int.from_bytes(start[14:])
     if not start.startswith(_V2):
-        raise HeaderError(f"no PROXY header: {start!r}")
+        raise HeaderError(f"not a PROXY header: {start!r}")
     if version != 2 or command not in (_LOCAL, _PROXY):  # noqa: PLR2004
         raise HeaderError(f"a PROXY header of version {version} with command {command}")
     if command == _PROXY:
@@ -108,14 +108,13 @@ def check_v2_start(start: bytes) -> int:
 
 
 def parse_v2(start: bytes, rest: bytes) -> tuple[str, int] | str | bytes | None:
-    """Return the client's address from a version 2 header, as the system would give it; None for the proxy itself.
+    """Return the client's address from a version 2 header, as the socket module represents it; None if it has none.
 
-    The additional values (TLVs) that may follow the addresses are ignored, and so is a checksum among them: TCP has
-    its own.
+    The type-length-value fields (TLVs) after the addresses are ignored, including the checksum: TCP has its own.
 
     Args:
-        start: the first 16 bytes, which `check_v2_start` has found to be in order.
-        rest: as many bytes as that has told.
+        start: the first 16 bytes, checked by `check_v2_start`.
+        rest: the following bytes, as many as it returned.
     """
     command, (family, protocol) = start[12] % 16, divmod(start[13], 16)
     if command == _LOCAL or _UNSPEC in (family, protocol):
@@ -131,20 +130,20 @@ def parse_v2(start: bytes, rest: bytes) -> tuple[str, int] | str | bytes | None:
 
 
 async def receive_header(stream: trio.abc.ReceiveStream) -> tuple[str, int] | str | bytes | None:
-    """Receive a header of either version, however fragmented, and no byte beyond one that is in order.
+    """Receive a header of either version, and nothing after it, however the data is fragmented.
 
-    Version 2 tells how long it is, and takes an eighth of the time.
+    Version 2 contains its length, and takes an eighth of the time.
 
     Returns:
-        The client's address, as the system would give it; None if the proxy speaks for itself (LOCAL), or does not
-        know the client (UNKNOWN, AF_UNSPEC).
+        The client's address, as the socket module represents it; None if the proxy connects for itself (LOCAL), or does
+        not know the client (UNKNOWN, AF_UNSPEC).
 
     Raises:
-        HeaderError: as soon as it is known that this is no header, also if the stream ends in the middle of one.
-        IncompleteReadError: if the stream ends before there is anything that looks like one.
-        trio.BrokenResourceError: if the connection breaks first.
+        HeaderError: as soon as it is clear that this is not a header, or if the stream ends in the middle of one.
+        IncompleteReadError: if the stream ends within the first 5 bytes.
+        trio.BrokenResourceError: if the connection breaks.
 
-    On cancellation, what was received of it is lost. A checkpoint.
+    On cancellation, the part received so far is lost. A checkpoint.
     """
     start = await receive_exactly(stream, len(_V1))
     try:
@@ -154,13 +153,13 @@ async def receive_header(stream: trio.abc.ReceiveStream) -> tuple[str, int] | st
             start += await receive_exactly(stream, _V2_START - len(start))
             return parse_v2(start, await receive_exactly(stream, check_v2_start(start)))
     except IncompleteReadError as error:
-        raise HeaderError(f"ended in the middle of a PROXY header: {error}") from None
-    raise HeaderError(f"no PROXY header: {start!r}")
+        raise HeaderError(f"incomplete PROXY header: {error}") from None
+    raise HeaderError(f"not a PROXY header: {start!r}")
 
 
 async def _receive_line(stream: trio.abc.ReceiveStream, start: bytes) -> bytes:
     line = start + await receive_exactly(stream, _V1_SHORTEST - len(start))
-    # Nobody tells how long the line is. But as long as it does not end with CRLF, that is still to come, or half of it.
+    # The length of the line is not known. Until it ends with CRLF, two more bytes are missing, or after CR, one.
     while not line.endswith(b"\r\n"):
         missing = 1 if line.endswith(b"\r") else 2
         if len(line) + missing > _V1_LONGEST:
@@ -173,16 +172,16 @@ async def _receive_line(stream: trio.abc.ReceiveStream, start: bytes) -> bytes:
 
 
 def trusted_network(network: str | Network) -> Network | str:
-    """Check what may name trusted proxies: an address, a network such as ``10.0.0.0/8``, or ``unix``.
+    """Parse what identifies trusted proxies: an address, a network such as ``10.0.0.0/8``, or ``unix``.
 
     Raises:
-        ValueError: if it is nothing of that. The text says why.
+        ValueError: if it is none of these. The text says why.
     """
     return UNIX if network == UNIX else ipaddress.ip_network(network)
 
 
 def is_trusted(address: object, trusted: Sequence[Network | str]) -> bool:
-    """Whether ``address``, as the system gives it, is in one of the networks."""
+    """Whether ``address``, as the socket module represents it, is in one of the networks."""
     match address:
         case (str(host), int(), *_):
             ip = ipaddress.ip_address(host)
@@ -201,23 +200,23 @@ def behind_proxies(
     header_timeout: float,
     limit: ClientLimit | None,
 ) -> Callable[[Any], Awaitable[None]]:
-    """Return a handler that receives a PROXY header, and then runs ``handler`` for the client that it names.
+    """Return a handler that receives a PROXY header, and then runs ``handler`` for the client with that address.
 
-    `trioproto.Connection.peer`, and the log, then have the client's own address. Whoever is no trusted proxy is reset,
-    with a warning, and so is a connection without a header in time. The server's stop ends the wait for a header, as it
-    ends that for a client's first request.
+    `trioproto.Connection.peer` and the log then have the client's address. Connections that are not from a trusted
+    proxy, or whose header is invalid or late, are reset with a warning. A stop of the server ends the wait for a
+    header, like the wait for a client's first request.
 
     Args:
         handler: serves the client, on the same stream.
-        trusted: whose headers are believed; see `trusted_network`.
-        header_timeout: seconds that a header may take: 3 or more, in which a lost packet is sent again (section 2).
-        limit: how many connections a client may have; None for no limit.
+        trusted: the proxies whose headers are accepted; see `trusted_network`.
+        header_timeout: seconds that a header may take; 3 or more allow for a retransmission (section 2).
+        limit: limits the connections of each client; None for no limit.
     """
 
     async def handle(stream: trio.abc.Stream) -> None:
         accepted = accepted_as(stream)
         if not is_trusted(accepted.address, trusted):
-            _log.warning("%s to %s: refused: no trusted proxy", accepted.peer, accepted.server)
+            _log.warning("%s to %s: refused: not a trusted proxy", accepted.peer, accepted.server)
             await _refuse(accepted)
         elif not await _learn_client(accepted, stream, header_timeout):
             await close_as_broken(stream)
@@ -240,7 +239,7 @@ async def _refuse(accepted: Accepted) -> None:
 
 
 async def _learn_client(accepted: Accepted, stream: trio.abc.Stream, header_timeout: float) -> bool:
-    """Receive the header, and note whom it names. Return False, after a line in the log, if there is none."""
+    """Receive the header, and store the client's address. If there is none, log that and return False."""
     proxy = accepted.peer
     how: Ending = "late"
     level, what = logging.WARNING, "timed out waiting for a PROXY header"
@@ -256,7 +255,7 @@ async def _learn_client(accepted: Accepted, stream: trio.abc.Stream, header_time
             how, level, what = "stopped", logging.DEBUG, "the server is stopping"
     except HeaderError as error:
         how, what = "malformed", str(error)
-    except IncompleteReadError as error:  # a health check may just connect, and end that
+    except IncompleteReadError as error:  # a health check may just connect and disconnect
         how, level = "ended", logging.WARNING if error.partial else logging.DEBUG
         what = f"no PROXY header: {error}"
     except trio.BrokenResourceError as error:

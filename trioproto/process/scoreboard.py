@@ -1,8 +1,7 @@
-"""What each worker does, in a page of memory that all of them and their supervisor share.
+"""The statistics of all workers, in memory that they share with their supervisor.
 
-That is how a web server's processes have told each other for a long time what they do (Apache calls it a scoreboard).
-To write there costs less than a microsecond, waits for nobody, and needs nobody who reads: so it can be done for each
-connection, and a process that hangs can hold up no other.
+Apache's processes share their state in the same way, and call it a scoreboard. A write takes less than a microsecond
+and never blocks, so there can be one for each connection, and a process that hangs cannot delay the others.
 """
 
 import contextlib
@@ -16,18 +15,18 @@ import attrs
 from trioproto.draining import ENDINGS
 from trioproto.server import DURATIONS, ServerStats
 
-# The environment variable by which a supervisor tells its worker of the scoreboard's descriptor, and which row is its.
+# The environment variable in which a supervisor passes to a worker the scoreboard's descriptor and the worker's row.
 VARIABLE = "TRIOPROTO_SCOREBOARD"
 
-# How often a worker that takes no connection is asked about. With the pauses of `trioproto.server.GIVE_WAY_PAUSES` in
-# between, that takes about 40 ms, for which one that serves may well have to wait for a core.
+# How often to give way to a worker that accepts no connection. With the pauses of `trioproto.server.GIVE_WAY_PAUSES`,
+# that takes about 40 ms; even a healthy worker may wait that long for a core.
 MOST_IN_VAIN = 200
 
-_NUMBER = 8  # bytes; numbers of this size are written and read as a whole
+_NUMBER = 8  # bytes; numbers of this size are written and read atomically
 
 
 def _counters(stats: ServerStats) -> list[int]:
-    """Return what only ever grows, as whole numbers."""
+    """Return the statistics that only grow, as integers."""
     return [
         stats.accepted,
         stats.crashed,
@@ -48,14 +47,14 @@ _COLUMNS = 3 + _COUNTERS
 
 @attrs.frozen
 class Scoreboard:
-    """The columns, each with a number for each worker.
+    """Shared memory as columns, each with a number for each worker.
 
     Attributes:
-        fd: the descriptor of the memory, while `new_scoreboard` lasts.
-        beats: how often it has given a sign of life; 0 if it does not serve.
-        active: how many connections it has open now.
-        most: how many it may have; 0 if that is not limited.
-        counters: the numbers of its `ServerStats` that only grow, each with those of who was here before it.
+        fd: the descriptor of the memory, while the block of `new_scoreboard` runs.
+        beats: how many heartbeats the worker has sent; 0 if it does not serve.
+        active: how many connections it has open.
+        most: its limit of connections; 0 for no limit.
+        counters: the numbers of its `ServerStats` that only grow, including those of its predecessors.
     """
 
     fd: int
@@ -65,9 +64,9 @@ class Scoreboard:
     counters: "Sequence[memoryview[int]]"
 
     def writer(self, row: int) -> Callable[[ServerStats], None]:
-        """Return a function that writes what a new process does into ``row``.
+        """Return a function that writes a new process's statistics into ``row``.
 
-        The counters go on where those of who was here before have ended, so they never go back.
+        The counters continue from those of the previous process, so they never decrease.
         """
         before = [column[row] for column in self.counters]
 
@@ -100,7 +99,7 @@ class Scoreboard:
 
 @contextlib.contextmanager
 def new_scoreboard(workers: int) -> Iterator[Scoreboard]:
-    """Make a scoreboard with zeros; its descriptor is closed when the block ends."""
+    """Create a scoreboard filled with zeros. Its descriptor is closed when the block ends."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("trioproto-scoreboard")
     else:  # not everywhere
@@ -122,9 +121,9 @@ def open_scoreboard(fd: int) -> Scoreboard:
 
 
 def own_row() -> tuple[Scoreboard, int] | None:
-    """Return the scoreboard that this process inherited from its supervisor, and which row is its; None without one.
+    """Return the scoreboard inherited from this process's supervisor and this process's row; None without one.
 
-    The environment variable that tells of it is removed, so that no child takes it for its own.
+    The environment variable is removed, so that child processes do not use it.
     """
     words = os.environ.pop(VARIABLE, "").split()
     if not words:
@@ -137,12 +136,12 @@ def own_row() -> tuple[Scoreboard, int] | None:
 
 
 def give_way_to_others(scoreboard: Scoreboard, row: int) -> Callable[[int], bool]:
-    """Return a function that tells whether another worker that serves has fewer connections than this one.
+    """Return a function that returns whether another serving worker has fewer connections than this one.
 
-    It is called with how many this one has, and notes that. A sixteenth more is as many, so that with thousands of
-    connections few are waited for. Who takes none, however often it is given way, because it hangs or is short of
-    descriptors, is not waited for any more, until there is something new of it: connections taken or ended, or another
-    sign of life, in case it was just busy.
+    Its argument is this worker's number of connections, which it also writes to the scoreboard. Up to a sixteenth more
+    counts as equal, so that workers with thousands of connections rarely wait. A worker that still accepts nothing,
+    because it hangs or is out of descriptors, is ignored until its row changes: connections accepted or closed, or
+    another heartbeat, in case it was only busy.
     """
     known = [(0, 0)] * len(scoreboard.beats)
     in_vain = [0] * len(scoreboard.beats)

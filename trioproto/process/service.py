@@ -1,15 +1,15 @@
 """A server as a process: it serves until a signal comes, and then stops without losing a request.
 
-`serve_until_signal` is for a server in one process. `trioproto.process.workers.supervise_until_signal` does the same
-for several. `run_until_signal` is what both have in common: listeners, signals, and the order of things in a stop.
+`serve_until_signal` serves in one process, `trioproto.process.workers.supervise_until_signal` in several. Both use
+`run_until_signal` for listeners, signals, and the order of steps in a stop.
 
 Task tree::
 
     the task that awaits serve_until_signal, mostly trio.run's main task
     └── nursery of run_until_signal: cancelled by a second signal, and when the server has returned
-        ├── _heed_signals: the first signal sets `stopping`
-        ├── _heed_stdin, with `stop_at_eof`: so does the end of standard input
-        ├── stop: then lets in no new connections, and sets `shutdown`
+        ├── _handle_signals: the first signal sets `stopping`
+        ├── _handle_stdin, with `stop_at_eof`: so does the end of standard input
+        ├── stop: then stops new connections from beginning, and sets `shutdown`
         └── nursery of serve_listeners, which the same task awaits: see trioproto/server.py
 """
 
@@ -45,20 +45,20 @@ HOST = "127.0.0.1"
 MAX_CONNECTIONS = 1000
 GRACE_PERIOD = 10.0
 
-# From when no new connections can begin until the accept queues are emptied: time for the last packet of TCP handshakes
-# that had begun. It takes a round trip, which is less than this from one end of the world to the other.
+# The wait between stopping new connections and emptying the accept queues, so that TCP handshakes that have begun can
+# complete. That takes one round trip, which is shorter than this even around the world.
 HANDSHAKE_SECONDS = 0.35
 
-# Signals that come within so many seconds of the first are part of it. What stops a server may well send several: a
-# terminal, or systemd, signals all of a service's processes, and a wrapper among them passes on what it gets.
+# Signals within this many seconds of the first count as the same one. A server may well get several: a terminal, or
+# systemd, signals all processes of a service, and a wrapper among them forwards what it receives.
 SAME_SIGNAL_SECONDS = 1.0
 
-# How often a worker gives its supervisor a sign of life, and the metrics are brought up to date.
+# The interval, in seconds, of a worker's heartbeats, and of updates to the metrics.
 BEAT_SECONDS = 1.0
 
 _STDIN = 0
 
-# What a supervisor writes to the standard input of a worker, in one piece, when it has received SIGHUP itself.
+# What a supervisor writes to the standard input of each worker, in one write, when it receives SIGHUP.
 RELOAD = b"reload\n"
 
 _HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
@@ -93,61 +93,61 @@ async def serve_until_signal(
 
         trio.run(serve_until_signal, handler, 9000)
 
-    At the first signal, no new connections are let in. Those that wait in the accept queue are still served, requests
-    that are under way are finished, idle connections are ended, and whatever is left after ``grace_period`` seconds is
-    cancelled. A second signal, at least one second after the first (`SAME_SIGNAL_SECONDS`), cancels everything at
-    once. Only one call at a time may run in a process, because a signal reaches only one of them.
-    A signal that comes when it is about to return, or later, does what it did before the call.
+    At the first signal, the server stops accepting new connections. Those in the accept queue are still served,
+    requests in progress are finished, idle connections are closed, and the rest is cancelled after ``grace_period``
+    seconds. A second signal, at least one second after the first (`SAME_SIGNAL_SECONDS`), cancels everything at once.
+    Run only one call at a time in a process, because a signal reaches only one of them. A signal that comes when it is
+    about to return, or later, has the same effect as before the call.
 
     Args:
         handler: an async function that serves one connection, as for `trioproto.serve_listeners`.
         port: the TCP port, 0 to 65535; 0 lets the kernel pick one for each address. None: no TCP, only ``unix`` and
             ``fds``.
-        host: the name or address to listen on, or several of them; all addresses that a name stands for. The default is
-            for this machine alone; ``0.0.0.0`` and ``::`` are every address of it.
-        unix: the path of a UNIX socket to listen on as well. Only this user may connect to it. A file that a dead
-            server left is replaced, and the file is removed when the stop begins.
-        fds: descriptors of listening sockets that this process inherited, to serve as well. They are closed when a stop
-            begins: such a socket outlives this process, and whoever waits in its queue is left to its next server. For
-            those that systemd passes, call `trioproto.process.listeners.activated_fds`.
-        proxy_protocol: the proxies that every connection comes from: addresses, networks such as ``10.0.0.0/8``, or
-            ``unix`` for whoever may connect to the UNIX sockets. Each connection begins with a PROXY header, of version
-            1 or 2, before TLS, and the address that it names is the client's from there on. Connections from other
-            addresses are reset, each with a warning. Empty: there are no PROXY headers.
+        host: the name or address to listen on, or several of them. For a name, all of its addresses are used. The
+            default can be reached from this machine only; ``0.0.0.0`` and ``::`` listen on all its addresses.
+        unix: the path of a UNIX socket to listen on as well. Only this user may connect to it. A dead server's file is
+            replaced, and the file is removed when the stop begins.
+        fds: descriptors of inherited listening sockets to serve as well. They are closed when a stop begins: such a
+            socket outlives this process, and its next server serves the connections in its queue. For those that
+            systemd passes, call `trioproto.process.listeners.activated_fds`.
+        proxy_protocol: the proxies that all connections come from: addresses, networks such as ``10.0.0.0/8``, or
+            ``unix`` for all UNIX sockets. Each connection must begin with a PROXY header, of version 1 or 2, before
+            TLS; its address is then used as the client's. Connections from other addresses are reset, each with a
+            warning. Empty: no PROXY headers.
         proxy_timeout: seconds, above 0, that a PROXY header may take.
-        ssl_context: for TLS on all of them. None: plain connections.
-        max_connections: how many connections are served at once, 1 or more; more wait in the kernel's queue. None: as
-            many as come.
+        ssl_context: for TLS on all of them. None: no TLS.
+        max_connections: how many connections are served at once, 1 or more; more wait in the accept queue. None: no
+            limit.
         max_connections_per_client: how many connections one client may have at once, 1 or more; more are reset. See
-            `trioproto.serve_listeners`. None, the default: as many as come, because behind a proxy, or in a network
-            with one address for all, many clients look like one.
-        grace_period: seconds, 0 or more, that a stop waits for requests under way.
+            `trioproto.serve_listeners`. None, the default: no limit, because clients behind a proxy or NAT share an
+            address.
+        grace_period: seconds, 0 or more, that a stop waits for requests in progress.
         tick: seconds, above 0, between two calls of ``on_tick``; see `trioproto.serve_listeners`.
         on_tick: awaited with the current `ServerStats` on each tick.
-        reload: called when SIGHUP comes, which never disturbs a connection: for what can be read again, such as the
-            TLS files (`trioproto.process.tls.ServerContext.reload`). An `OSError` that it raises is one line in the
-            log, and any other exception is logged with its traceback. None: SIGHUP is logged and does nothing.
-        stop_at_eof: whether the end of standard input stops the server like a first signal. Meanwhile, a line with
-            ``reload`` on standard input is like SIGHUP.
+        reload: called on SIGHUP, to load files again, such as the TLS files
+            (`trioproto.process.tls.ServerContext.reload`). Connections are not affected. An `OSError` from it is logged
+            in one line, any other exception with its traceback. None: SIGHUP is logged and has no effect.
+        stop_at_eof: whether the end of standard input stops the server, like a first signal. A line ``reload`` on
+            standard input then has the effect of SIGHUP.
         announce: called with each listener's address, such as ``127.0.0.1:9000`` or ``unix:PATH``, once all of them
             listen and a signal would stop the server gracefully. None: each address is logged, at level INFO.
-        metrics: a host and a port, on which Prometheus may scrape ``/metrics``, until the server has stopped. The
-            numbers are at most a second old (`BEAT_SECONDS`). Needs the extra ``metrics``. Whoever can connect there
-            can read them. None: nothing is served there.
+        metrics: a host and a port, on which Prometheus can scrape ``/metrics`` until the server has stopped. The values
+            are at most one second old (`BEAT_SECONDS`). Requires the extra ``metrics``. There is no access control.
+            None: no metrics.
 
     Returns:
         The last `ServerStats`, or None if a second signal cancelled the server.
 
     Raises:
         trioproto.process.listeners.ListenError: an `OSError` whose text says where it cannot listen, and why.
-        TypeError: for a ``handler`` that is no function.
-        ValueError: for a setting out of its range, or if there is nothing to listen on.
+        TypeError: if ``handler`` is not a function.
+        ValueError: if an argument is out of range, or there is nothing to listen on.
         ImportError: for ``metrics``, if prometheus_client is not installed.
-        RuntimeError: outside Python's main thread, which alone receives signals (`trio.open_signal_receiver`).
-        ExceptionGroup: with what `trioproto.serve_listeners` raises later on.
+        RuntimeError: outside the main thread, because only it receives signals (`trio.open_signal_receiver`).
+        ExceptionGroup: with what `trioproto.serve_listeners` raises while it serves.
 
-    On cancellation, every connection is cancelled, every listener closed, and the UNIX socket's file removed. That is
-    also done before any of the above is raised.
+    On cancellation, and before any of the above is raised, all connections are cancelled, all listeners closed, and the
+    UNIX socket's file removed.
     """
     trusted = [trusted_network(network) for network in proxy_protocol]
     if not proxy_timeout > 0:
@@ -158,7 +158,7 @@ async def serve_until_signal(
     if ssl_context is not None:
         handler = _over_tls(handler, ssl_context)
     if trusted:
-        # Only the header tells whose connection it is, so it is counted there, and not when it is accepted.
+        # The client's address is in the header, so connections are counted after that, and not when they are accepted.
         limit = None if max_connections_per_client is None else ClientLimit(max_connections_per_client)
         max_connections_per_client = None
         handler = behind_proxies(handler, trusted, proxy_timeout, limit)
@@ -171,7 +171,7 @@ async def serve_until_signal(
 
     async def serve(listeners: list[trio.SocketListener], shutdown: trio.Event) -> ServerStats:
         beat(ServerStats(0, 0, 0, 0.0))
-        notify("READY=1")  # whoever connects waits for the accept loop now, if at all
+        notify("READY=1")  # connections from now on wait in the accept queue until the accept loop starts
         serve_it = functools.partial(
             serve_listeners,
             handler,
@@ -205,7 +205,7 @@ async def serve_until_signal(
 
 @contextlib.contextmanager
 def _row(inherited: tuple[Scoreboard, int] | None) -> Iterator[tuple[Scoreboard, int]]:
-    """Give this process's row in a scoreboard; without one from a supervisor, in one of its own."""
+    """Yield this process's row in the supervisor's scoreboard, or without a supervisor, in a new one."""
     if inherited is not None:
         yield inherited
         return
@@ -220,7 +220,7 @@ async def _report(stats: Callable[[], ServerStats], write: Callable[[ServerStats
 
 
 def _heartbeat(inherited: tuple[Scoreboard, int] | None) -> tuple[float, Callable[[ServerStats], object]]:
-    """Return how often this process has to give a sign of life, and how: to its supervisor, or else to systemd."""
+    """Return the interval of this process's heartbeats, and a function that sends one to its supervisor or systemd."""
     if inherited is None:
         return notice_interval(), lambda stats: notify_alive(stats.accepted, stats.active)
     scoreboard, row = inherited
@@ -250,19 +250,19 @@ async def run_until_signal(
     stop_at_eof: bool = False,
     announce: Callable[[str], object] | None = None,
 ) -> ResultT | None:
-    """Run ``serve(listeners, shutdown)`` until it returns: when SIGINT or SIGTERM comes, it is told to stop.
+    """Run ``serve(listeners, shutdown)`` until it returns. SIGINT or SIGTERM makes it stop.
 
     Args:
         serve: serves on the listeners until the event is set, and then for as long as its stop takes.
-        listening: gives the listeners. It is left when the stop begins, and then lets in no new connections;
-            `HANDSHAKE_SECONDS` later, those whose handshakes had begun are queued, and the event is set.
+        listening: yields the listeners. It is exited when the stop begins, and must then stop new connections from
+            beginning; the event is set `HANDSHAKE_SECONDS` later, when handshakes that had begun are complete.
         outliving: descriptors of those listeners whose sockets have another server. They are closed once the event is
             set, so that nothing more is accepted from them.
         reload: as for `serve_until_signal`.
-        ready: set when systemd has been told that the service is ready. A reload before that says nothing of it. None:
-            ``serve`` tells it at once.
-        stop_at_eof: whether the end of standard input stops it, too, and a line ``reload`` there calls ``reload``.
-        announce: called with each listener's address before ``serve``, when signals are already waited for. None: the
+        ready: set once systemd has been notified that the service is ready; until then, it is not notified of reloads.
+            None: ``serve`` notifies it at once.
+        stop_at_eof: as for `serve_until_signal`.
+        announce: called with each listener's address before ``serve``, when signals are already handled. None: the
             addresses are logged.
 
     Returns:
@@ -270,10 +270,9 @@ async def run_until_signal(
 
     Raises:
         RuntimeError: outside the main thread.
-        ExceptionGroup: with what ``serve`` raises. What ``listening`` and ``announce`` raise comes as it is.
+        ExceptionGroup: with what ``serve`` raises. Exceptions from ``listening`` and ``announce`` are not wrapped.
 
-    On cancellation, ``serve`` is cancelled. In the end, however that comes about, ``listening`` is left and every
-    listener closed.
+    On cancellation, ``serve`` is cancelled. In any case, ``listening`` is exited and all listeners are closed.
     """
     if announce is None:
         announce = functools.partial(_log.info, "listening on %s")
@@ -297,16 +296,16 @@ async def run_until_signal(
                     shutdown.set()
                     close_listeners([listener for listener in listeners if listener.socket.fileno() in outliving])
 
-                nursery.start_soon(_heed_signals, signals, stopping, reload, ready, nursery.cancel_scope)
+                nursery.start_soon(_handle_signals, signals, stopping, reload, ready, nursery.cancel_scope)
                 if stop_at_eof:
-                    nursery.start_soon(_heed_stdin, stopping, reload)
+                    nursery.start_soon(_handle_stdin, stopping, reload)
                 nursery.start_soon(stop)
                 result = await serve(listeners, shutdown)
                 nursery.cancel_scope.cancel()
     return result
 
 
-async def _heed_signals(
+async def _handle_signals(
     signals: AsyncIterator[int],
     stopping: trio.Event,
     reload: Callable[[], object] | None,
@@ -325,12 +324,12 @@ async def _heed_signals(
             began = trio.current_time()
             stopping.set()
         elif trio.current_time() - began >= SAME_SIGNAL_SECONDS:
-            _log.warning("a second signal: cancelled what was under way")
+            _log.warning("second signal: cancelled all connections")
             under_way.cancel()
 
 
-async def _heed_stdin(stopping: trio.Event, reload: Callable[[], object] | None) -> None:
-    with contextlib.suppress(OSError):  # one that cannot be read, or is closed, has ended, too
+async def _handle_stdin(stopping: trio.Event, reload: Callable[[], object] | None) -> None:
+    with contextlib.suppress(OSError):  # if it is closed or cannot be read, it has ended, too
         while data := await trio.to_thread.run_sync(os.read, _STDIN, 1024, abandon_on_cancel=True):
             if RELOAD in data:
                 _reload("standard input", reload)
@@ -339,11 +338,11 @@ async def _heed_stdin(stopping: trio.Event, reload: Callable[[], object] | None)
 
 def _reload(source: str, reload: Callable[[], object] | None) -> None:
     if reload is None:
-        _log.info("%s: there is nothing to reload", source)
+        _log.info("%s: nothing to reload", source)
         return
     try:
         reload()
-    except Exception as error:  # noqa: BLE001 - whatever is wrong with what is new, the service goes on with the old
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with the new files, the old ones stay in use
         bug = None if isinstance(error, OSError) else error
         _log.error("%s: cannot reload: %s; nothing has changed", source, error, exc_info=bug)
     else:

@@ -8,50 +8,50 @@ from typing import Any
 
 
 class ServerContext(ssl.SSLContext):
-    """A server's context whose files can be loaded again while it is in use, for `wrap_bio`.
+    """A server's context, for `wrap_bio`, whose files can be reloaded while it is in use.
 
-    `load_cert_chain` on a context in use replaces its certificate only if the new key is of the same kind. OpenSSL
-    keeps one certificate for each kind, so after a change from ECDSA to RSA, most clients would go on to choose the old
-    one. Certificates of authorities are only ever added; one that is not to be trusted any more would stay. And clients
-    whose certificates such an authority signed could resume their sessions. So the files are loaded into a fresh
-    context each time, and this one gives each new connection the latest of them.
+    `load_cert_chain` on a context in use replaces its certificate only if the new key is of the same type. OpenSSL
+    keeps one certificate for each type, so after a change from ECDSA to RSA, most clients would still choose the old
+    one. CA certificates can only be added: one that is no longer trusted would remain, and clients with certificates
+    from that CA could resume their sessions. So the files are loaded into a new context each time, and `wrap_bio` uses
+    the latest one.
     """
 
     _latest: ssl.SSLContext
 
     def load(self, cert: str, key: str | None, client_ca: str | None) -> None:
-        """Use these files, as `server_context` does, for the handshakes of connections that begin from now on.
+        """Use these files, as `server_context` does, for handshakes from now on.
 
         Raises:
-            OSError: as for `server_context`. Then nothing has changed.
+            OSError: as for `server_context`. Then nothing changes.
         """
         self._latest = _load_server_context(cert, key, client_ca)
 
     def reload(self, cert: str, key: str | None, client_ca: str | None) -> None:
-        """Do what `load` does, in a server that runs: it must not wait, as it would for somebody to write to a pipe.
+        """Do the same as `load`, in a running server, which must not block: so pipes are refused.
 
         Raises:
-            OSError: as for `server_context`, and for what is no file that can be read again. Then nothing has changed.
+            OSError: as for `server_context`, and for a pipe or a device. Then nothing changes.
         """
         check_readable_again(cert, key, client_ca)
         self.load(cert, key, client_ca)
 
     def wrap_bio(self, *args: Any, **kwargs: Any) -> ssl.SSLObject:
-        """Begin a connection with the files that were loaded last."""
+        """Start a connection with the files that were loaded last."""
         return self._latest.wrap_bio(*args, **kwargs)
 
 
 def server_context(cert: str, key: str | None, client_ca: str | None) -> ServerContext:
-    """Return what a server needs to speak TLS 1.2 and later.
+    """Return a server's context for TLS 1.2 and later.
 
     Args:
-        cert: file with the server's certificate, and those between it and its root.
-        key: file with its private key; None if ``cert`` holds that too.
-        client_ca: file with the certificates of those who may sign clients' certificates; a client without one is
-            not served then. None: clients need none.
+        cert: file with the server's certificate and intermediate certificates.
+        key: file with its private key; None if ``cert`` contains it, too.
+        client_ca: file with CA certificates. Clients must then present a certificate signed by one of them. None:
+            clients need no certificate.
 
     Raises:
-        OSError: if a file cannot be read, or does not hold what it should. The text says which, and why.
+        OSError: if a file cannot be read or used. The text says which, and why.
     """
     context = ServerContext(ssl.PROTOCOL_TLS_SERVER)
     context.load(cert, key, client_ca)
@@ -59,10 +59,10 @@ def server_context(cert: str, key: str | None, client_ca: str | None) -> ServerC
 
 
 def check_readable_again(*files: str | None) -> None:
-    """Check that no file is a pipe or a device: what comes out of it comes once, and may have to be waited for.
+    """Check that no file is a pipe or a device, which can be read only once, and may block.
 
     Raises:
-        OSError: for the first one that is. One that cannot be read at all is left to whoever reads it.
+        OSError: for the first one that is. Files that cannot be read are not reported here.
     """
     for file in files:
         if file is not None and _is_pipe_or_device(file):
@@ -91,15 +91,15 @@ def _load_server_context(cert: str, key: str | None, client_ca: str | None) -> s
 
 
 def client_context(ca: str | None, cert: str | None, key: str | None) -> ssl.SSLContext:
-    """Return what a client needs to speak TLS 1.2 and later with a server whose certificate names its host.
+    """Return a client's context for TLS 1.2 and later. The server's certificate must match its host name.
 
     Args:
-        ca: file with the certificates of those who may sign the server's; None for those that the system trusts.
-        cert: file with the client's own certificate, for a server that asks for one; None if it has none.
-        key: file with its private key; None if ``cert`` holds that too.
+        ca: file with trusted CA certificates; None for those that the system trusts.
+        cert: file with the client's own certificate, for servers that require one; None if it has none.
+        key: file with its private key; None if ``cert`` contains it, too.
 
     Raises:
-        OSError: if a file cannot be read, or does not hold what it should. The text says which, and why.
+        OSError: if a file cannot be read or used. The text says which, and why.
     """
     try:
         context = ssl.create_default_context(cafile=ca)
@@ -122,7 +122,7 @@ def _load_cert(context: ssl.SSLContext, cert: str, key: str | None) -> None:
         context.load_cert_chain(cert, key, refuse)
     except ssl.SSLError as error:
         raise _cert_error(cert, key, error) from None
-    except OSError as error:  # which does not say of which file
+    except OSError as error:  # it does not say which file
         unreadable = cert if Path(cert).is_dir() or not os.access(cert, os.R_OK) else key
         raise OSError(f"cannot read {unreadable!r}: {error.strerror}") from None
     except ValueError as error:
@@ -130,13 +130,13 @@ def _load_cert(context: ssl.SSLContext, cert: str, key: str | None) -> None:
 
 
 def _cert_error(cert: str, key: str, error: ssl.SSLError) -> OSError:
-    """Say which file is wrong, and how, when OpenSSL has read both and could not use them."""
+    """Say what is wrong with which file, when OpenSSL could read both but not use them."""
     if error.reason in (
         "KEY_VALUES_MISMATCH",
         "NO_CERTIFICATE_ASSIGNED",
-    ):  # the latter if they are not even of one kind
+    ):  # the latter if their types differ
         return OSError(f"the private key in {key!r} is not that of the certificate in {cert!r}")
-    if not Path(cert).is_file():  # a pipe cannot be read again
+    if not Path(cert).is_file():  # a pipe can be read only once
         return OSError(
             f"cannot use the certificate in {cert!r} or the private key in {key!r}: both must be in PEM form"
         )

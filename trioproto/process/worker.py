@@ -1,8 +1,8 @@
-"""What a supervisor starts as a worker: ``python -P .../worker.py op ...`` is ``python -m trioproto op ...``, safely.
+"""The program of a worker: ``python -P .../worker.py op ...`` is a safe ``python -m trioproto op ...``.
 
-``-m`` has Python import from the directory in which it is started, before all others: a ``trio.py`` there would run in
-every worker. ``-P`` prevents that, but then a package that lies in that very directory, as in a clone, is not found
-either. So this takes the package that it belongs to from where it lies itself, and nothing else from there.
+With ``-m``, Python imports from the current directory before all others: a ``trio.py`` there would run in every worker.
+``-P`` prevents that, but then the package is not found if it is in the current directory, as in a clone. So this loads
+the package from its own location, and nothing else from there.
 """
 
 import importlib.machinery

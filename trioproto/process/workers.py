@@ -7,9 +7,9 @@ Task tree::
         └── nursery of supervise_until_signal
             ├── _notify_systemd: that the workers are ready, and alive
             └── nursery of supervise_workers
-                └── _Supervision.keep_running, for each worker: starts it, and another one when it has died
-                    └── nursery, as long as that process runs
-                        ├── stop: in a stop, ends its standard input, and kills it if it is late
+                └── _Supervision.keep_running, for each worker: starts it, and replaces it when it dies
+                    └── nursery, while that process runs
+                        ├── stop: in a stop, closes its standard input, and kills it if it does not stop in time
                         ├── watch: kills it if it hangs
                         └── the process, whose tasks are those in service.py
 """
@@ -35,22 +35,22 @@ from trioproto.process.service import BEAT_SECONDS, GRACE_PERIOD, HOST, RELOAD, 
 
 _log = logging.getLogger(__name__)
 
-# A worker that dies is replaced at once; if it lived for less than a second, after a wait that doubles each time.
+# A worker that dies is replaced at once, or if it ran for less than a second, after a wait that doubles each time.
 SHORT_LIFE = 1.0
 FIRST_WAIT = 0.1
 LONGEST_WAIT = 30.0
 
-# What a worker may take to stop beyond its grace period, before it is taken to hang.
+# How long a worker may take to stop beyond its grace period before it is considered hung.
 STOP_SECONDS = 10.0
 
-# After so many seconds without a sign of life, a worker is taken to hang; one that starts has to import everything.
+# A worker without a heartbeat for this many seconds is considered hung; a starting one has to import everything first.
 HANG_SECONDS = 10.0
 START_SECONDS = 60.0
 
-# How often we look whether those that start serve.
+# The interval, in seconds, of checks whether starting workers serve.
 STARTING_LOOK = 0.05
 
-# The interpreter's options that `sys.flags` tells of; a number there says how often one was given.
+# The interpreter's options in `sys.flags`, where the value is how often each was given.
 _INTERPRETER_OPTIONS = {
     "-b": "bytes_warning",
     "-B": "dont_write_bytecode",
@@ -66,14 +66,14 @@ _INTERPRETER_OPTIONS = {
 
 
 def worker_program() -> list[str]:
-    """Return the beginning of a worker's command line, which takes the arguments of ``python -m trioproto``.
+    """Return the start of a worker's command line; append the arguments of ``python -m trioproto``.
 
-    It runs this very package, in this interpreter and with its options. It never imports from the directory in which
-    it is started, even if this process does (``-P``).
+    It runs this copy of the package, in this interpreter and with its options. It never imports from the current
+    directory, even if this process does (``-P``).
     """
     options = [option for option, name in _INTERPRETER_OPTIONS.items() for _ in range(getattr(sys.flags, name))]
     options += [f"-W{action}" for action in sys.warnoptions]
-    for name, value in sys._xoptions.items():  # noqa: SLF001 - public for all its name (the sys module's documentation)
+    for name, value in sys._xoptions.items():  # noqa: SLF001 - documented despite its name
         options.append(f"-X{name}" if value is True else f"-X{name}={value}")
     return [sys.executable, *options, "-P", str(Path(__file__).with_name("worker.py"))]
 
@@ -92,37 +92,37 @@ async def supervise_until_signal(
     announce: Callable[[str], object] | None = None,
     metrics: tuple[str, int] | None = None,
 ) -> None:
-    """Have ``count`` worker processes serve until SIGTERM or SIGINT comes, then stop them gracefully.
+    """Serve with ``count`` worker processes until SIGTERM or SIGINT comes, then stop them gracefully.
 
     This is `trioproto.serve_until_signal` for several processes: it opens the listeners, which the workers inherit,
-    and supervises the workers instead of serving. At the first signal, no new connections are let in, and each worker
-    is told to stop. A second signal, `SAME_SIGNAL_SECONDS` after the first or later, kills them.
+    and supervises the workers instead of serving. The first signal stops new connections from beginning, and each
+    worker stops gracefully. A second signal, `SAME_SIGNAL_SECONDS` after the first or later, kills them.
 
     Args:
         command: called with the descriptors of the listeners, returns a worker's command line; see
             `supervise_workers` for what a worker must do.
         count: how many workers, 1 or more.
-        port: as for `trioproto.serve_until_signal`, like what is not mentioned here.
+        port: as for `trioproto.serve_until_signal`.
         host: see there.
         unix: see there.
         fds: see there.
-        grace_period: seconds, 0 or more, that a worker's own stop waits for requests under way. One that has not
-            ended `STOP_SECONDS` after that is killed.
-        reload: see there. The workers are told to reload, too, unless it raises an exception: so it should check
-            whether that will succeed, and log that it does not, once instead of by each worker.
+        grace_period: seconds, 0 or more, that a worker's stop waits for requests in progress. A worker that is still
+            running `STOP_SECONDS` later is killed.
+        reload: see there. Unless it raises an exception, the workers reload, too. So it should check whether a reload
+            will succeed; a failure is then logged once, instead of by each worker.
         stop_at_eof: see there.
         announce: see there. Called before the first worker is started; connections wait in the accept queue until then.
-        metrics: see there. This process serves them, for all of the workers together. What one that dies has done in
-            its last `BEAT_SECONDS` is not counted.
+        metrics: see there. This process serves the sums over all workers. If a worker dies, its last `BEAT_SECONDS` are
+            not counted.
 
     Raises:
         trioproto.process.listeners.ListenError: if it cannot listen there.
-        ValueError: if there is nothing to listen on, or the port is out of its range.
+        ValueError: if there is nothing to listen on, or the port is out of range.
         ImportError: for ``metrics``, if prometheus_client is not installed.
-        RuntimeError: outside Python's main thread.
-        ExceptionGroup: with an `OSError`, if ``command`` cannot be started at all.
+        RuntimeError: outside the main thread.
+        ExceptionGroup: with an `OSError`, if ``command`` cannot be started the first time.
 
-    On cancellation, the workers are killed and waited for, and every listener is closed.
+    On cancellation, the workers are killed and waited for, and all listeners are closed.
     """
     inputs: set[trio.lowlevel.FdStream] = set()
     ready = trio.Event()
@@ -132,7 +132,7 @@ async def supervise_until_signal(
     def reload_all(check: Callable[[], object]) -> None:
         check()
         for stdin in inputs:
-            # One that has ended needs nothing, and neither does one that has not read thousands of these before.
+            # Not if it has ended, or has not yet read thousands of these.
             with contextlib.suppress(OSError):
                 os.write(stdin.fileno(), RELOAD)
 
@@ -168,7 +168,7 @@ async def supervise_until_signal(
 
 
 async def _notify_systemd(scoreboard: Scoreboard, ready: trio.Event) -> None:
-    """Say that the service is ready once every worker serves, and then that it is alive as long as any of them is."""
+    """Notify systemd once every worker serves, and then that the service is alive while any worker is."""
     interval = notice_interval()
     if interval == math.inf:
         return
@@ -198,30 +198,29 @@ async def supervise_workers(
     inputs: set[trio.lowlevel.FdStream] | None = None,
     scoreboard: Scoreboard | None = None,
 ) -> None:
-    """Keep ``count`` processes running until ``shutdown`` is set, then have each stop, and wait for them.
+    """Keep ``count`` processes running until ``shutdown`` is set, then stop them, and wait until they have ended.
 
-    The workers share each socket, and with it its queue; none has a queue of its own, as it would with SO_REUSEPORT.
-    So connections that are queued when a worker dies, or while it hangs, are accepted by another one. Those that it has
-    accepted itself end with it. While this process holds the sockets, too, a queue outlives all of the workers.
+    The workers share each socket and its accept queue; with SO_REUSEPORT, each would have its own queue. So queued
+    connections are accepted by another worker if one dies or hangs. Those that it has accepted end with it. This
+    process holds the sockets, too, so that the queues outlive all workers.
 
     Args:
-        command: a worker's command line; it serves on the descriptors of ``listening_fds`` until its standard input
-            ends. That is a pipe, which this process closes to stop it, and the kernel when this process dies, however
-            that comes about. SIGTERM, SIGINT and SIGHUP are blocked in it, and do nothing.
+        command: a worker's command line. It must serve on ``listening_fds`` until its standard input ends. That is a
+            pipe, which this process closes to stop the worker, and which the kernel closes if this process dies.
+            SIGTERM, SIGINT and SIGHUP are blocked in it.
         count: how many, 1 or more.
         listening_fds: descriptors of listening sockets, 3 or more, which the workers inherit under the same numbers.
-        ending_fds: those of them whose sockets have no server after these: the workers have to serve in a stop who
-            waits in their queues, and are told so (`trioproto.process.listeners.ending_fds`).
+        ending_fds: those of them whose sockets have no other server: in a stop, the workers must serve the connections
+            in their queues (`trioproto.process.listeners.ending_fds`).
         shutdown: set to stop.
-        patience: seconds, 0 or more, from ``shutdown`` until a worker that has not ended is killed.
-        inputs: a set that holds, as long as this runs, our ends of the pipes of the workers that run.
-        scoreboard: has a row for each worker, where it gives signs of life, and is told which is its
-            (`trioproto.process.scoreboard.own_row`). One that gives none for `HANG_SECONDS`, or none at all within
-            `START_SECONDS`, hangs: it is killed, and replaced. None: nobody watches them.
+        patience: seconds, 0 or more, from ``shutdown`` until a worker that is still running is killed.
+        inputs: a set that, while this runs, holds our ends of the pipes of all running workers.
+        scoreboard: has a row for each worker, in which it counts its heartbeats
+            (`trioproto.process.scoreboard.own_row`). A worker without one for `HANG_SECONDS`, or without the first one
+            after `START_SECONDS`, is killed and replaced. None: heartbeats are not checked.
 
     Raises:
-        OSError: if ``command`` cannot be started at all. If it could be, but cannot be started again, that is logged,
-            and tried again.
+        OSError: if ``command`` cannot be started the first time. Later failures are logged and retried.
 
     On cancellation, the workers are killed (SIGKILL) and waited for.
     """
@@ -235,12 +234,10 @@ async def supervise_workers(
             stdout=subprocess.DEVNULL,
             pass_fds=listening_fds if scoreboard is None else [*listening_fds, scoreboard.fd],
             env=environment | {ENDING_FDS: " ".join(map(str, ending_fds))} | board,
-            # A process group of its own, so that a terminal's Ctrl-C reaches the supervisor alone. It stops the
-            # workers.
+            # A separate process group: a terminal's Ctrl-C reaches only the supervisor, which stops the workers.
             process_group=0,
-            # Who signals all of a service's processes, as systemd does, might reach a worker before it can receive
-            # signals, or so early that nobody is left to serve the queue once the supervisor stops, too. It alone
-            # decides on that.
+            # A signal to all processes of a service, as from systemd, could reach a worker before it handles signals,
+            # or stop it before the supervisor, so that no worker serves the queue. Only the supervisor handles signals.
             preexec_fn=functools.partial(
                 signal.pthread_sigmask, signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
             ),
@@ -254,7 +251,7 @@ async def supervise_workers(
 
 @attrs.frozen
 class _Supervision:
-    """What `supervise_workers` does with each worker. Workers are numbered from 1 in the log."""
+    """Starts, watches and stops the workers of `supervise_workers`. In the log, they are numbered from 1."""
 
     start: Callable[[int], Awaitable[trio.Process]]
     shutdown: trio.Event
@@ -299,7 +296,7 @@ class _Supervision:
                     await self.shutdown.wait()
                     await stdin.aclose()
                     await trio.sleep(self.patience)
-                    _log.warning("worker %d has not stopped in time: killed", row + 1)
+                    _log.warning("worker %d did not stop in time: killed", row + 1)
                     process.kill()
 
                 async def watch(scoreboard: Scoreboard) -> None:
@@ -323,19 +320,18 @@ class _Supervision:
         return end or _how_it_ended(process.returncode)
 
     async def _silence(self, scoreboard: Scoreboard, row: int) -> str:
-        """Return when a worker has given no sign of life for too long, and say for how long. Never in a stop."""
-        # Looks are counted, and no deadline set: had all of these processes been frozen, it would be over as soon as
-        # they go on.
+        """Return once a worker has sent no heartbeat for too long, and say for how long. Never in a stop."""
+        # This counts checks instead of setting a deadline, which would have passed after all processes were suspended.
         beats = looks = 0
         while self.shutdown.is_set() or looks * BEAT_SECONDS < (HANG_SECONDS if beats else START_SECONDS):
             await trio.sleep(BEAT_SECONDS)
             looks = looks + 1 if scoreboard.beats[row] == beats else 0
             beats = scoreboard.beats[row]
-        return f"has given no sign of life for {looks * BEAT_SECONDS:g} s: killed"
+        return f"sent no heartbeat for {looks * BEAT_SECONDS:g} s: killed"
 
 
 def _how_it_ended(status: int | None) -> str:
-    """Say how a process ended; the system's out-of-memory killer, for one, sends signal 9."""
+    """Say how a process ended. Signal 9 may come from the kernel's out-of-memory killer."""
     if status is not None and status < 0:
-        return f"was ended by signal {-status} ({signal.strsignal(-status)})"
-    return f"ended with status {status}"
+        return f"was killed by signal {-status} ({signal.strsignal(-status)})"
+    return f"exited with status {status}"
