@@ -35,7 +35,7 @@ Serving in a nursery of your app:
 
 Serving as a whole program:
     `serve_until_signal`, which runs until SIGTERM or SIGINT. Like the other two, it returns a `ServerStats`, which is
-    also passed to each tick.
+    also passed to ``on_tick``.
 
 `trioproto.testing` has an in-memory network and fake streams, for tests without sockets or real waiting.
 `trioproto.draining` lets code without a `Connection` take part in a graceful stop.

@@ -110,7 +110,7 @@ class ServerStats:
         sent: bytes to clients that the kernel has accepted, likewise.
         requests: requests that were read, likewise.
         ended: connections that have ended, by how they ended; without those that were refused.
-        durations: histogram of how long these lasted: one bucket up to each of `DURATIONS`, and one above.
+        durations: histogram of how long these lasted, not cumulative: up to each of `DURATIONS`, and above the last.
         seconds: sum of how many seconds these lasted.
     """
 
@@ -237,8 +237,8 @@ async def serve_tcp(
     Args:
         handler: an async function that serves one connection.
         port: 0 to 65535; 0 lets the kernel pick one.
-        host: the name or address to listen on; a name may have several addresses. None, the default, is every address
-            of this machine, as for `trio.serve_tcp`; ``127.0.0.1`` accepts connections from this machine only.
+        host: the name or address to listen on; for a name, all its addresses. None, the default, is every address of
+            this machine, as for `trio.serve_tcp`; ``127.0.0.1`` accepts connections from this machine only.
         backlog: how many connections the kernel queues before they are accepted; None for as many as it allows.
         tick: as for `serve_listeners`, like the following.
         on_tick: see there.
