@@ -113,13 +113,13 @@ def test_client_without_certificate(files: Path, port: str) -> None:
 
 def test_client_files_that_are_none(port: str) -> None:
     """TLS files that a client cannot use are a failure that says what they must be."""
-    assert "they must be PEM files" in failure(ask(port, "--tls-ca", "/no/such/file", "hello"))
+    assert "they must be readable PEM files" in failure(ask(port, "--tls-ca", "/no/such/file", "hello"))
 
 
 def test_server_files_that_are_none(files: Path) -> None:
     """TLS files that a server cannot use are a failure that says what they must be."""
     done = run("op", "--port", "0", "--tls-cert", f"{files}/ca.pem")
-    assert "they must be PEM files" in failure(done)
+    assert "they must be readable PEM files" in failure(done)
 
 
 @pytest.mark.parametrize(

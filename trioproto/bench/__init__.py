@@ -1,1 +1,1 @@
-"""What a server does under load: the load and the report."""
+"""Measuring a server under load: the load generators and the report."""

@@ -1,5 +1,5 @@
-"""What a measurement may fail with: apart from it, because the command line knows it without the extra ``bench``."""
+"""The error of a measurement, in a separate module, so that it can be imported without the extra ``bench``."""
 
 
 class BenchError(Exception):
-    """What makes a measurement impossible; the message says what to do."""
+    """A measurement is impossible; the message says what to do."""

@@ -1,13 +1,13 @@
-"""Load on a server, and what the server does under it: rate, errors, latencies.
+"""Puts load on a server and measures its rate, errors and latencies.
 
-`measure` starts load generators, each a process of its own, so that one core's worth of Python is not the limit::
+`measure` starts each load generator as a separate process, so that one core is not the limit::
 
     python -m trioproto.bench.load LOAD NUMBER
 
-LOAD is a `Load` in JSON, NUMBER says which of its processes this one is. It opens its connections and writes a line
-to standard output: its `Measurement` so far, in JSON. A byte on standard input starts the load. From then on it
-writes such a line several times a second, and the last one when it is done; the end of standard input ends the load
-early. So measured time begins when every connection has been opened, or has failed to open.
+LOAD is a `Load` in JSON, and NUMBER is this process's index. It opens its connections, and writes its `Measurement` so
+far to standard output, as a line of JSON. A byte on standard input starts the load. From then on, it writes such a line
+several times a second, and the last one when it is done. The end of standard input ends the load early. So the measured
+time begins when all connections have been opened, or have failed to open.
 """
 
 import contextlib
@@ -33,25 +33,25 @@ from trioproto.bench.errors import BenchError
 from trioproto.op import INT32_MAX, INT32_MIN, Reply, Request, calculate
 from trioproto.streams import RECEIVE_SIZE
 
-# How long a connection that failed waits before it opens the next one: a server that is gone is not hammered.
+# Seconds between a connection's failure and its reconnect, to spare a server that is down.
 BACK_OFF = 0.1
-# How long, after the load has ended, replies that are still due are waited for.
+# Seconds to wait for missing replies after the load has ended.
 DRAIN = 1.0
-# The error that counts replies that are not those to the requests.
+# The name of the error that a reply does not match its request.
 WRONG_REPLY = "wrong reply"
-# How often a load generator reports.
+# Seconds between a load generator's reports.
 REPORT_INTERVAL = 0.25
 
-# Latencies are counted in whole nanoseconds, from one to a day, which takes whatever is longer; to three digits.
+# Latencies are recorded in integer nanoseconds, from 1 to a day (longer ones as a day), with three significant digits.
 _LONGEST = 24 * 3600 * 10**9
 _DIGITS = 3
-# So many different requests are sent in turn: a server that mixes up replies is found out.
+# The number of different requests, sent in turn, so that replies to the wrong request are detected.
 _CYCLE = 8
-# poll(2) and its kind time out in whole milliseconds, rounded up.
+# poll(2) and epoll_wait(2) time out in integer milliseconds, rounded up.
 _TIMER = 0.001
-# As many bytes fit into the socket buffers on the way even if nobody receives them, so sending them cannot block.
+# This many bytes fit into the socket buffers even if the peer does not receive, so sending them cannot block.
 _BUFFERED = 16384
-# Requests that nobody got round to sending are recorded in at most about so many steps.
+# Requests that were due but not sent are recorded in at most about this many steps.
 _OVERDUE_STEPS = 1000
 
 
@@ -61,18 +61,18 @@ def _histogram() -> HdrHistogram:
 
 @attrs.frozen
 class Load:
-    """What is asked of the server.
+    """The load on a server.
 
     Attributes:
         protocol: ``"echo"`` or ``"op"``.
         host: the server's name or address.
-        port: the server's.
+        port: the server's port.
         connections: how many are kept open.
         size: bytes in each echo message, or operands in each op request.
-        depth: the most requests in flight on each connection.
+        depth: the maximum number of requests in flight on each connection.
         duration: seconds.
-        rate: requests a second over all connections, sent whether or not the server keeps up (an open loop); None
-            for each as soon as it may be: when the reply to another one has arrived (a closed loop).
+        rate: requests a second over all connections, sent even if the server does not keep up (open loop). None: send
+            each request as soon as the reply to an earlier one has arrived (closed loop).
         processes: how many generate the load, at most one for each connection.
     """
 
@@ -89,18 +89,18 @@ class Load:
 
 @attrs.define
 class Measurement:
-    """What came of a load, or of a part of it.
+    """The results of a load, or of a part of it.
 
     Attributes:
-        seconds: how long it was measured: for the load's duration, and until the last reply if that came later.
-        answered: requests whose reply arrived and was right.
-        unanswered: requests that were lost with their connection, or whose reply was still due at the end.
-        errors: how often each thing went wrong with a connection: ``"end of stream"`` (before all the replies),
-            ``"wrong reply"``, or what the system said: ``"connection refused"``, ``"connection reset by peer"``.
-        latencies: in nanoseconds, from when a request was sent, or in an open loop was due, until its reply was
-            there. What was still due at the end is in it with the time that it had waited until then.
-        busy: the share of the time for which the busiest load generator computed, 0 to 1. Near 1, the load
-            generators may be what limits the rate.
+        seconds: the measured time: the load's duration, or longer if the last reply came later.
+        answered: requests with a correct reply.
+        unanswered: requests that were lost with their connection, or whose reply was still missing at the end.
+        errors: counts of connection errors: ``"end of stream"`` (before all replies), ``"wrong reply"``, or that of a
+            system call: ``"connection refused"``, ``"connection reset by peer"``.
+        latencies: in nanoseconds, from when a request was sent, or in an open loop was due, until its reply arrived.
+            Requests without a reply at the end are included, with the time that they had waited.
+        busy: the share of the time in which the busiest load generator used the CPU, 0 to 1. Near 1, the load
+            generators may limit the rate.
     """
 
     seconds: float = 0.0
@@ -117,18 +117,18 @@ class Measurement:
 
     def record(self, latency: float, count: int = 1) -> None:
         """Record ``latency``, in seconds, ``count`` times."""
-        # As it is, without HdrHistogram's correction for coordinated omission (`record_corrected_value`). That adds
-        # the requests which a stalled client would have sent meanwhile. In an open loop none is missing: each that was
-        # due is recorded, with its latency from when it was due, so the correction would count the stall twice. In a
-        # closed loop there is no rate from which to tell what is missing.
+        # HdrHistogram's correction for coordinated omission (`record_corrected_value`) is not used. It adds the
+        # requests that a stalled client would have sent meanwhile. In an open loop, none is missing: each request is
+        # recorded with its latency from when it was due, so the correction would count the stall twice. In a closed
+        # loop, there is no rate from which to compute what is missing.
         self.latencies.record_value(min(max(1, round(latency * 1e9)), _LONGEST), count)
 
     def percentile(self, percent: float) -> float:
-        """Return the latency, in seconds, that ``percent`` % of those recorded did not exceed; 0 if there is none."""
+        """Return the latency, in seconds, that ``percent`` % of those recorded did not exceed; 0 without any."""
         return float(self.latencies.get_value_at_percentile(percent)) / 1e9
 
     def add(self, other: "Measurement") -> None:
-        """Take in ``other``, measured at the same time."""
+        """Add ``other``, measured at the same time."""
         self.seconds = max(self.seconds, other.seconds)
         self.answered += other.answered
         self.unanswered += other.unanswered
@@ -137,7 +137,7 @@ class Measurement:
         self.busy = max(self.busy, other.busy)
 
     def to_json(self) -> str:
-        """Return it in one line of JSON, as `from_json` takes it."""
+        """Return it as one line of JSON, for `from_json`."""
         fields = attrs.asdict(self, recurse=False)
         return json.dumps(fields | {"latencies": self.latencies.encode().decode()})
 
@@ -151,17 +151,17 @@ class Measurement:
 
 @contextlib.asynccontextmanager
 async def local_server(protocol: str, connections: int) -> AsyncIterator[tuple[str, int]]:
-    """Run ``python -m trioproto PROTOCOL`` on a free port while the block runs; then stop it with SIGTERM.
+    """Run ``python -m trioproto PROTOCOL`` on a free port while the block runs, then stop it with SIGTERM.
 
     Args:
         protocol: ``"echo"`` or ``"op"``.
-        connections: how many it serves at once. Those beyond its limit would measure how long they wait in a queue.
+        connections: its limit of connections. More would wait in the accept queue, which would be measured, too.
 
     Yields:
         Its host and port.
 
     Raises:
-        BenchError: if it does not start. Why not is on standard error.
+        BenchError: if it does not start. The reason is on standard error.
     """
     async with trio.open_nursery() as nursery:
         options = ("--port", "0", "--max-connections", str(connections))
@@ -172,7 +172,7 @@ async def local_server(protocol: str, connections: int) -> AsyncIterator[tuple[s
             if line.endswith(b"\n"):
                 break
         else:
-            raise BenchError("the server did not start; give --host or --port of one that runs")
+            raise BenchError("the server did not start; use --host or --port to measure a running one")
         host, _, port = line.decode().split()[-1].rpartition(":")
         yield host, int(port)
         nursery.cancel_scope.cancel()
@@ -186,7 +186,7 @@ async def _run_python(*arguments: str, task_status: trio.TaskStatus[trio.Process
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             check=False,
-            # A Ctrl-C in the terminal is for us alone: we end the others in order.
+            # A terminal's Ctrl-C reaches only this process, which then stops the others.
             process_group=0,
             task_status=task_status,
         )
@@ -195,18 +195,18 @@ async def _run_python(*arguments: str, task_status: trio.TaskStatus[trio.Process
 
 
 async def measure(load: Load, stop: trio.Event, on_progress: Callable[[Measurement], object]) -> Measurement:
-    """Put ``load`` on its server, and return what came of it.
+    """Put ``load`` on its server, and return the results.
 
     Args:
-        load: what to do.
-        stop: ends the load early once it is set. What was measured until then counts.
+        load: the load.
+        stop: set to end the load early. The results so far are returned.
         on_progress: called several times a second with the measurement so far.
 
     Raises:
-        BenchError: if not one connection can be opened, or a load generator fails; in a group.
+        BenchError: if no connection can be opened, or a load generator fails; in a group.
         KeyboardInterrupt: if ``stop`` is set before the load has begun; in a group.
 
-    On cancellation, the load generators are ended.
+    On cancellation, the load generators are stopped.
     """
     generators = [_Process() for _ in range(load.processes)]
 
@@ -247,14 +247,14 @@ async def measure(load: Load, stop: trio.Event, on_progress: Callable[[Measureme
 
 
 class _Process:
-    """A load generator's process, as seen from here."""
+    """A load generator's process, in the process that started it."""
 
     def __init__(self) -> None:
         self.measurement = Measurement()
         self.ready = trio.Event()
 
     async def run(self, load: Load, number: int) -> None:
-        """Run it, and keep `measurement` up to date, until it is done."""
+        """Run it until it is done, and update `measurement` meanwhile."""
         async with trio.open_nursery() as nursery:
             arguments = ("-m", "trioproto.bench.load", json.dumps(attrs.asdict(load)), str(number))
             self._process = await nursery.start(_run_python, *arguments)
@@ -292,8 +292,8 @@ class LoadGenerator:
 
     Args:
         load: the whole load.
-        number: which share, 0 to ``load.processes - 1``.
-        connect: opens a connection to the server; None for TCP to where ``load`` says.
+        number: the index of the share, 0 to ``load.processes - 1``.
+        connect: opens a connection to the server; None for TCP to the host and port in ``load``.
     """
 
     def __init__(
@@ -308,13 +308,13 @@ class LoadGenerator:
         self._connections = [_Connection(self, which) for which in range(number, load.connections, load.processes)]
 
     async def open(self) -> None:
-        """Open the connections. One that cannot be opened is an error in `measurement`, and is tried again later."""
+        """Open the connections. Failures are counted in `measurement` and retried later."""
         async with trio.open_nursery() as nursery:
             for connection in self._connections:
                 nursery.start_soon(connection.open)
 
     async def run(self) -> None:
-        """Generate the load, for as long as it is to last and until the replies are in, for at most `DRAIN` more."""
+        """Generate the load for its duration, then wait up to `DRAIN` seconds for missing replies."""
         self.began = self.last_reply = trio.current_time()
         self._computed_before = time.process_time()
         self.ends = self.began + self.load.duration
@@ -328,18 +328,18 @@ class LoadGenerator:
         self.update(max(self.ends, self.last_reply))
 
     def update(self, now: float) -> None:
-        """Bring the times in `measurement` up to date."""
+        """Update the times in `measurement`."""
         self.measurement.seconds = now - self.began
         self.measurement.busy = min(1.0, (time.process_time() - self._computed_before) / self.measurement.seconds)
 
     def stop(self) -> None:
-        """End the load now rather than later."""
+        """End the load early."""
         self.ends = min(self.ends, trio.current_time())
         self._scope.deadline = self.ends + DRAIN
 
 
 class _Messages:
-    """Different requests in an endless cycle, and the replies that are right."""
+    """An endless cycle of different requests, and the expected replies."""
 
     def __init__(self, load: Load) -> None:
         chance = random.Random(0)  # noqa: S311 - the same load each time
@@ -353,32 +353,32 @@ class _Messages:
                 replies.append(Reply(calculate(operands, operator)).encode())
         self.request_size = len(requests[0])
         self.reply_size = len(replies[0])
-        # As often again as it takes for what one send or one receive may want to lie in one piece.
+        # Repeated so often that the data of any send or receive is contiguous.
         self._requests = b"".join(requests) * (1 + math.ceil(load.depth / _CYCLE))
         self._replies = b"".join(replies) * (1 + math.ceil(RECEIVE_SIZE / self.reply_size / _CYCLE))
 
     def requests(self, first: int, count: int) -> bytes:
-        """Return ``count`` requests, beginning with the one of number ``first``."""
+        """Return ``count`` requests, from number ``first`` on."""
         start = first % _CYCLE
         return self._requests[start * self.request_size : (start + count) * self.request_size]
 
     def right(self, start: int, received: bytes | bytearray) -> bool:
-        """Tell whether ``received`` is what is in the replies to all requests from byte ``start`` on."""
+        """Return whether ``received`` matches the expected replies from byte ``start`` on."""
         start %= _CYCLE * self.reply_size
         return received == self._replies[start : start + len(received)]
 
 
 class _UselessError(Exception):
-    """The connection is of no more use; the message says why."""
+    """The connection cannot be used any more; the message says why."""
 
 
 class _Connection:
-    """One connection, and the next one after it has failed."""
+    """One connection, which is opened again after a failure."""
 
     def __init__(self, generator: LoadGenerator, number: int) -> None:
         self._generator = generator
         self._number = number
-        self._planned = 0  # requests of an open loop's plan that were sent
+        self._planned = 0  # requests of an open loop's schedule that were sent
         self._stream: trio.abc.Stream | None = None
         self._in_flight: deque[float] = deque()  # when each was due
         self._sent = 0  # requests
@@ -387,9 +387,9 @@ class _Connection:
     async def open(self) -> None:
         try:
             self._stream = await self._generator.connect()
-        except (OSError, UnicodeError) as error:  # UnicodeError: the host is not even a name
+        except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
             self._fail(error)
-        # Connections begin at different places in the cycle: replies to another one's requests are wrong.
+        # Connections begin at different places in the cycle, so that replies on the wrong connection are detected.
         self._sent = self._number
         self._received = self._number * self._generator.messages.reply_size
 
@@ -409,7 +409,7 @@ class _Connection:
             await self.open()
 
     def finish(self) -> None:
-        """Account for what is still due."""
+        """Record all requests without a reply."""
         measurement, load = self._generator.measurement, self._generator.load
         now = trio.current_time()
         for due in self._in_flight:
@@ -418,10 +418,10 @@ class _Connection:
         if load.rate is not None:
             interval = load.connections / load.rate
             next_due = self._next_due()
-            # A hair less, or what floating point adds to a whole number would make it the next one.
+            # Slightly less, so that a rounding error cannot make it one more.
             overdue = max(0, math.ceil((self._generator.ends - next_due) / interval - 1e-6))
             measurement.unanswered += overdue
-            # They can be millions. A latency here and its neighbour hardly differ then.
+            # There can be millions, but then adjacent latencies hardly differ.
             step = max(1, overdue // _OVERDUE_STEPS)
             for first in range(0, overdue, step):
                 measurement.record(now - next_due - first * interval, min(step, overdue - first))
@@ -434,7 +434,7 @@ class _Connection:
         self._stream = None
 
     async def _converse(self, stream: trio.abc.Stream) -> None:
-        """Send requests when they are due and receive their replies, until the load ends and all have come."""
+        """Send requests when they are due and receive replies, until the load has ended and all have arrived."""
         while True:
             now = trio.current_time()
             if due := self._take_due(now):
@@ -445,28 +445,28 @@ class _Connection:
                 await self._receive(stream)
 
     def _take_due(self, now: float) -> list[float]:
-        """Return, for each request to be sent now, the time from which its latency counts."""
+        """Return, for each request to send now, the time from which its latency is measured."""
         load, ends = self._generator.load, self._generator.ends
         most = load.depth - len(self._in_flight)
         if load.rate is None:
             return [now] * most if now < ends else []
         taken: list[float] = []
         while len(taken) < most and (due := self._next_due()) < ends and due - _TIMER <= now:
-            # The schedule is kept to a millisecond, as well as timers are. But when we are early, the latency
-            # counts from the sending, or it would be too short; when we are late, from when it was due.
+            # The schedule is as exact as timers are, to a millisecond. If we are early, the latency is measured from
+            # the send, or it would be too short; if we are late, from when the request was due.
             taken.append(min(due, now))
             self._planned += 1
         return taken
 
     def _next_due(self) -> float:
-        """When the plan's next request is due: the whole load's are evenly spaced, and dealt to the connections."""
+        """When this connection's next request is due: requests are evenly spaced, and use the connections in turn."""
         load = self._generator.load
         if load.rate is None:
             return math.inf
         return self._generator.began + (self._number + self._planned * load.connections) / load.rate
 
     def _next_turn(self) -> float:
-        """When there is something to do even if no reply comes."""
+        """When there is something to do even without a reply."""
         if len(self._in_flight) == self._generator.load.depth:
             return math.inf
         if (due := self._next_due()) < self._generator.ends:
@@ -482,7 +482,7 @@ class _Connection:
             await stream.send_all(requests)
             return
 
-        # A server that waits until its replies are taken takes no requests meanwhile: do both at once.
+        # A server that waits until its replies are received may not receive requests meanwhile, so do both at once.
         async with trio.open_nursery() as nursery:
 
             async def send() -> None:
@@ -494,7 +494,7 @@ class _Connection:
                 await self._receive(stream)
 
     async def _receive(self, stream: trio.abc.Stream) -> None:
-        """Receive what has come, check it, and record the latency of each reply that it completes."""
+        """Receive some data, check it, and record the latency of each reply that it completes."""
         received = await stream.receive_some(RECEIVE_SIZE)
         if not received:
             raise _UselessError("end of stream")
@@ -510,7 +510,7 @@ class _Connection:
 
 
 async def _generate(load: Load, number: int) -> None:
-    """Be the load generator of that number: see the module's docstring."""
+    """Run as the load generator with that index; see the module's docstring."""
     generator = LoadGenerator(load, number)
 
     def report() -> None:
@@ -522,12 +522,12 @@ async def _generate(load: Load, number: int) -> None:
             generator.update(trio.current_time())
             report()
 
-    # First, because the connections may take all the descriptors that there are.
+    # Before the connections, which may use up all descriptors.
     async with trio.lowlevel.FdStream(os.dup(0)) as orders:
         await generator.open()
         report()
         if not await orders.receive_some(1):
-            return  # whoever started this has gone
+            return  # the parent process has ended
 
         async def stop_early() -> None:
             await orders.receive_some(1)
@@ -545,4 +545,4 @@ if __name__ == "__main__":
     try:
         trio.run(_generate, Load(**json.loads(sys.argv[1])), int(sys.argv[2]))
     except* BrokenPipeError:
-        sys.exit(1)  # whoever started this has gone
+        sys.exit(1)  # the parent process has ended

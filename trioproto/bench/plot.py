@@ -1,6 +1,6 @@
-"""A measurement's latencies as an SVG or PNG file. Needs the extra ``bench``.
+"""Plots latencies as an SVG or PNG file. Requires the extra ``bench``.
 
-Only a bench that draws imports this: importing Matplotlib takes longer than all the rest of the command's start.
+Import this only to plot: importing Matplotlib takes longer than the rest of the command's start.
 """
 
 from pathlib import Path
@@ -13,16 +13,16 @@ from trioproto.bench.load import Load, Measurement
 from trioproto.bench.report import PERCENTILES, description, format_time, rows
 
 _ROWS = 120
-# Colours that stand out from a white background as well as from a black one.
+# Colours that are readable on white and on black.
 _GREY = "#808080"
 _BLUE = "#3987d6"
 _ORANGE = "#d9730d"
 
 
 def write_plot(path: Path, load: Load, measurement: Measurement) -> None:
-    """Draw the distribution of latencies into ``path``, as SVG or PNG by its suffix.
+    """Plot the distribution of latencies to ``path``, as SVG or PNG by its suffix.
 
-    The background is transparent, and the colours can be read on a light one and on a dark one.
+    The background is transparent, and the colours are readable on light and on dark pages.
 
     Raises:
         OSError: if it cannot be written.
@@ -47,11 +47,11 @@ def write_plot(path: Path, load: Load, measurement: Measurement) -> None:
         if bars := rows(measurement.latencies, _ROWS):
             lower, upper, counts = zip(*bars, strict=True)
             axes.stairs(counts, [lower[0], *upper], fill=True, color=_BLUE)
-            # At least a factor of 5, so that there are two ticks; and room above and on the right for the percentiles.
+            # A range of at least a factor of 5 has two ticks. Leave room above and on the right for the percentiles.
             left, right = lower[0], max(upper[-1], lower[0] * 5)
             axes.set_xlim(left, right * (right / left) ** 0.15)
             axes.set_ylim(0, max(counts) * 1.6)
-            # Each line ends at its label, lower than the one before: no label lies across another line.
+            # Each line ends at its label, lower than the one before, so that no line crosses a label.
             for number, (name, percent) in enumerate(PERCENTILES.items()):
                 latency, height = measurement.percentile(percent), 0.97 - 0.07 * number
                 axes.axvline(latency, ymax=height, color=_ORANGE, linewidth=1)

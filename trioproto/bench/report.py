@@ -1,4 +1,4 @@
-"""A measurement for people and for machines: progress, table, plot in text, JSON. Needs the extra ``bench``."""
+"""Reports of a measurement: progress, table, text plot, JSON. Requires the extra ``bench``."""
 
 import contextlib
 import json
@@ -17,29 +17,29 @@ from trioproto.addresses import format_address
 from trioproto.bench.load import WRONG_REPLY, Load, Measurement
 
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9, "max": 100.0}
-# From this share on, a load generator may be what limits the rate.
+# Above this share of busy time, a load generator may limit the rate.
 _BUSY = 0.9
 _TERMINAL_ROWS = 16
-# A row of a plot is wider than the histogram's buckets, which are up to 0.1 % wide: no row is empty between two others
-# just because no bucket begins in it.
+# A plot's rows are wider than the histogram's buckets, which are up to 0.1 % wide, so that no row is empty only because
+# no bucket begins in it.
 _ROW_RATIO = 1.01
 
 
 @contextlib.contextmanager
 def progress(load: Load) -> Iterator[Callable[[Measurement], object]]:
-    """Show a bar and the running rate on standard error while the block runs, if that is a terminal.
+    """Show a progress bar and the current rate on standard error while the block runs, if that is a terminal.
 
     Yields:
-        A function to call with each measurement so far.
+        A function to call with the measurement so far.
     """
     before = Measurement()
     with tqdm(
         total=load.duration,
         desc=load.protocol,
         bar_format="{desc} {percentage:3.0f}% |{bar}| {n:.1f}/{total:.1f} s{postfix}",
-        disable=sys.stderr is None or not sys.stderr.isatty(),  # None: it was closed before Python began
+        disable=sys.stderr is None or not sys.stderr.isatty(),  # None: it was closed when Python started
         leave=False,
-        # Draw each time that `show` is called: it is not called too often.
+        # Redraw on each call of `show`, which are rare enough.
         mininterval=0,
         miniters=0,
         dynamic_ncols=True,
@@ -58,7 +58,7 @@ def progress(load: Load) -> Iterator[Callable[[Measurement], object]]:
 
 
 def table(load: Load, measurement: Measurement) -> str:
-    """Return what was asked for and what came of it, in lines that fit into 80 columns."""
+    """Return the load and its results as lines that fit into 80 columns."""
     percentiles = [measurement.percentile(percent) for percent in PERCENTILES.values()]
     lines = [
         description(load),
@@ -76,14 +76,14 @@ def table(load: Load, measurement: Measurement) -> str:
     if measurement.busy > _BUSY:
         lines += [
             "",
-            f"A load generator was busy {measurement.busy:.0%} of the time: perhaps the server can do more.",
-            f"Try --processes {load.processes + 1}, if there are processors for them.",
+            f"A load generator was busy {measurement.busy:.0%} of the time and may have limited the rate.",
+            f"Try --processes {load.processes + 1}, if there are enough processors.",
         ]
     return "\n".join(lines)
 
 
 def failure(load: Load, measurement: Measurement) -> str | None:
-    """Say why the server is not one that ``load`` can measure; None if it is."""
+    """Return why the measurement is not valid for ``load``'s protocol; None if it is valid."""
     where = format_address((load.host, load.port))
     if wrong := measurement.errors[WRONG_REPLY]:
         what = f"{wrong:,} replies from {where} are wrong"
@@ -95,7 +95,7 @@ def failure(load: Load, measurement: Measurement) -> str | None:
 
 
 def description(load: Load) -> str:
-    """Say what load this is, in two lines."""
+    """Describe the load in two lines."""
     pace = "closed loop" if load.rate is None else f"open loop of {load.rate:,.10g} requests/s"
     message = "bytes" if load.protocol == "echo" else "operands"
     return (
@@ -105,7 +105,7 @@ def description(load: Load) -> str:
 
 
 def format_time(seconds: float) -> str:
-    """Write a time with three digits that matter."""
+    """Format a time with three significant digits."""
     if seconds >= 1:
         value, unit = seconds, "s"
     elif seconds >= 1e-3:  # noqa: PLR2004
@@ -117,11 +117,11 @@ def format_time(seconds: float) -> str:
 
 
 def rows(latencies: HdrHistogram, most: int) -> list[tuple[float, float, int]]:
-    """Return the range of what was recorded in at most ``most`` rows, for a plot.
+    """Divide the range of recorded latencies into at most ``most`` rows, for a plot.
 
     Returns:
-        For each row its lower and its upper edge in seconds, and its count, which may be 0. A row begins where the
-        one before ends, and all are equally wide on a logarithmic scale.
+        For each row, its lower and upper edge in seconds, and its count, which may be 0. Each row begins where the
+        previous one ends, and all are equally wide on a logarithmic scale.
     """
     buckets = [
         (bucket.value_iterated_to / 1e9, bucket.count_at_value_iterated_to)
@@ -135,15 +135,15 @@ def rows(latencies: HdrHistogram, most: int) -> list[tuple[float, float, int]]:
     counts: Counter[int] = Counter()
     for latency, count in buckets:
         row = math.ceil(math.log(latency / lowest) / math.log(ratio)) - 1
-        # The lowest belongs to the first row, and the highest, however its logarithm was rounded, to the last.
+        # The lowest belongs to the first row, and the highest to the last, however their logarithms were rounded.
         counts[min(max(0, row), rows - 1)] += count
     return [(lowest * ratio**row, lowest * ratio ** (row + 1), counts[row]) for row in range(rows)]
 
 
 def terminal_plot(latencies: HdrHistogram, width: int) -> str:
-    """Return the distribution of ``latencies`` as a bar chart in text, ``width`` columns wide; nothing for none.
+    """Return the distribution of ``latencies`` as a text bar chart, ``width`` columns wide; empty without latencies.
 
-    A row counts those up to its latency that are above the latency of the row before it.
+    A row counts the latencies up to its own that are above that of the previous row.
     """
     bars = rows(latencies, _TERMINAL_ROWS)
     if not bars:
@@ -164,10 +164,10 @@ def terminal_plot(latencies: HdrHistogram, width: int) -> str:
 
 
 def write_json(path: Path, load: Load, measurement: Measurement, *, interrupted: bool) -> None:
-    """Write everything to ``path`` as one JSON object; times are in seconds.
+    """Write the load and all results to ``path`` as one JSON object; times are in seconds.
 
-    ``histogram`` is the distribution of latencies as HdrHistogram's tools read it: in nanoseconds, encoded in the
-    compressed format V2, in base64.
+    ``histogram`` is the distribution of latencies for HdrHistogram's tools: in nanoseconds, in the compressed format
+    V2, in base64.
 
     Raises:
         OSError: if it cannot be written.

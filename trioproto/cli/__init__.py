@@ -1,1 +1,1 @@
-"""The command line, ``python -m trioproto``: its commands, and the clients among them."""
+"""The command line, ``python -m trioproto``: servers, clients and the benchmark."""

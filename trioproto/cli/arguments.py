@@ -1,4 +1,4 @@
-"""What the commands' arguments may be, and how a command says that it failed."""
+"""The types of the commands' arguments, and the error that ends a command."""
 
 import argparse
 import math
@@ -11,7 +11,7 @@ PORTS = {"echo": 9190, "op": 9191}
 
 
 class CommandError(Exception):
-    """What ends a command with exit status 1: one line that says what to do."""
+    """Ends a command with exit status 1; the message is one line that says what to do."""
 
 
 def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
@@ -50,21 +50,21 @@ def positive(most: float = math.inf) -> Callable[[str], float]:
 
 
 def not_empty(text: str) -> str:
-    """Refuse an empty argument, such as that of a shell's variable that is not set."""
+    """Refuse an empty argument, such as from an unset shell variable."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
 
 
 def host(text: str) -> str:
-    """Convert a host argument: an IPv6 address may stand in brackets, as servers print it and as URLs have it."""
+    """Convert a host argument. An IPv6 address may be in brackets, as in URLs and in the servers' output."""
     if text.startswith("[") and text.endswith("]") and ":" in text:
         text = text[1:-1]
     return not_empty(text)
 
 
 def address(text: str) -> tuple[str, int]:
-    """Convert ``[HOST:]PORT``; without a host, it is this one's alone."""
+    """Convert ``[HOST:]PORT``. The default host can be reached from this machine only."""
     name, colon, number = text.rpartition(":")
     if colon and (not name or (":" in name and not name.startswith("["))):
         raise argparse.ArgumentTypeError(f"must be PORT, HOST:PORT or [IPV6]:PORT, not {text!r}")
@@ -72,7 +72,7 @@ def address(text: str) -> tuple[str, int]:
 
 
 def network(text: str) -> Network | str:
-    """Convert what names trusted proxies."""
+    """Convert an address or network of trusted proxies, or ``unix``."""
     try:
         return trusted_network(text)
     except ValueError as error:
@@ -81,5 +81,5 @@ def network(text: str) -> Network | str:
 
 port = whole(0, 0xFFFF)
 count = whole(1)
-descriptor = whole(0, 2**31 - 1)  # what an int of C holds
+descriptor = whole(0, 2**31 - 1)  # up to the maximum of a C int
 seconds = positive()

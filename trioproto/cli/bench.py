@@ -1,4 +1,4 @@
-"""The ``bench`` command: arguments in, a measurement, a report out."""
+"""The ``bench`` command: parses its arguments, measures, and reports."""
 
 import argparse
 import contextlib
@@ -21,7 +21,7 @@ _MAX_SIZE = 2**20
 _MAX_IN_FLIGHT = 2**26
 _MAX_PROCESSES = 64
 _MAX_RATE = 1e9
-# Bars that are longer are no easier to compare.
+# Longer bars are not easier to compare.
 _MAX_WIDTH = 100
 
 
@@ -104,9 +104,9 @@ def _plot_file(text: str) -> Path:
 
 
 def _output_file(text: str) -> Path:
-    """Refuse a file that could not be written, before minutes are spent on what is to be written to it."""
+    """Refuse a file that cannot be written, before minutes are spent on measuring."""
     path = Path(text)
-    # os.path, because a Path's methods raise where a name is too long or a directory is closed to this user.
+    # os.path, because Path's methods raise if a name is too long or a directory is not accessible.
     if os.path.isdir(path) or not os.access(path if os.path.exists(path) else path.parent, os.W_OK):  # noqa: PTH110, PTH112
         raise argparse.ArgumentTypeError(f"cannot write to {text!r}")
     return path
@@ -116,8 +116,8 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     """Add ``bench`` to the commands."""
     bench = commands.add_parser(
         "bench",
-        help="measure what a server does under load",
-        description="Measure what a server does under load: rate, errors, and how long replies take.",
+        help="measure a server under load",
+        description="Measure a server under load: its rate, errors and latencies.",
         epilog="'trioproto bench echo --help' shows the options.",
     )
     protocols = bench.add_subparsers(required=True, metavar="PROTOCOL")
@@ -128,14 +128,13 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 def _add_bench_protocol(protocols: "argparse._SubParsersAction[argparse.ArgumentParser]", protocol: str) -> None:
     command = protocols.add_parser(
         protocol,
-        help=f"put load on a server that speaks {protocol}",
-        description=f"Put load on a server that speaks {protocol}, check every reply, and\n"
-        "report rate, errors and latencies. Without --host and --port, that is a server\n"
-        "started for the purpose. Time is measured from when all connections are open.\n"
-        "Ctrl-C ends the load early and reports what was measured until then, with exit\n"
-        "status 130.",
+        help=f"measure an {protocol} server",
+        description=f"Put load on an {protocol} server, check every reply, and report the rate, errors\n"
+        "and latencies. Without --host and --port, a server is started for this. The\n"
+        "measurement begins when all connections are open. Ctrl-C ends it early and\n"
+        "reports the results so far, with exit status 130.",
         epilog="examples:\n"
-        f"  trioproto bench {protocol}    # as fast as a server on this machine goes\n"
+        f"  trioproto bench {protocol}    # the maximum rate of a server on this machine\n"
         f"  trioproto bench {protocol} --port {PORTS[protocol]} --rate 2000 --duration 60 --plot latency.svg",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -149,7 +148,7 @@ def _add_bench_protocol(protocols: "argparse._SubParsersAction[argparse.Argument
         type=whole(1, _MAX_CONNECTIONS),
         default=50,
         metavar="N",
-        help="default: %(default)s",
+        help="number of connections (default: %(default)s)",
     )
     if protocol == "echo":
         command.add_argument(
@@ -157,7 +156,7 @@ def _add_bench_protocol(protocols: "argparse._SubParsersAction[argparse.Argument
             type=whole(1, _MAX_SIZE),
             default=64,
             metavar="BYTES",
-            help="of a message (default: %(default)s)",
+            help="size of a message (default: %(default)s)",
         )
     else:
         command.add_argument(
@@ -166,31 +165,31 @@ def _add_bench_protocol(protocols: "argparse._SubParsersAction[argparse.Argument
             type=whole(1, MAX_OPERANDS),
             default=3,
             metavar="N",
-            help="in a request (default: %(default)s)",
+            help="number of operands in a request (default: %(default)s)",
         )
     command.add_argument(
         "--depth",
         type=whole(1, _MAX_DEPTH),
         default=1,
         metavar="N",
-        help="the most requests in flight on each connection (default: %(default)s)",
+        help="maximum number of requests in flight on each connection (default: %(default)s)",
     )
     command.add_argument(
-        "--duration", type=seconds, default=10.0, metavar="SECONDS", help="how long (default: %(default)s)"
+        "--duration", type=seconds, default=10.0, metavar="SECONDS", help="duration of the load (default: %(default)s)"
     )
     command.add_argument(
         "--rate",
         type=positive(_MAX_RATE),
         metavar="N",
-        help="an open loop: this many requests a second over all connections, whether or not the server keeps up; "
-        "latencies count from when a request was due (default: a closed loop, which waits for replies)",
+        help="open loop: send this many requests a second over all connections, even if the server does not keep up; "
+        "latencies are measured from when a request was due (default: closed loop, which waits for replies)",
     )
     command.add_argument(
         "--processes",
         type=whole(1, _MAX_PROCESSES),
         default=1,
         metavar="N",
-        help="that generate the load (default: %(default)s)",
+        help="number of processes that generate the load (default: %(default)s)",
     )
     command.add_argument(
         "--json",
@@ -199,5 +198,5 @@ def _add_bench_protocol(protocols: "argparse._SubParsersAction[argparse.Argument
         help="write the report as JSON: times in seconds, and the latencies as an encoded HdrHistogram",
     )
     command.add_argument(
-        "--plot", type=_plot_file, metavar="FILE", help="draw the latencies; FILE ends in .svg or .png"
+        "--plot", type=_plot_file, metavar="FILE", help="plot the latencies; FILE must end in .svg or .png"
     )

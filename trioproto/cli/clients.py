@@ -1,6 +1,6 @@
-"""What the client commands do between standard input, a server, and standard output.
+"""The client commands, between standard input, a server, and standard output.
 
-The prompts and answers are those of the article's C programs, word for word. Each function raises `trio.TooSlowError`
+The prompts and output are identical to those of the article's C programs. Each function raises `trio.TooSlowError`
 if the server does not reply within ``reply_timeout`` seconds, and `CommandError` if standard input or output fails.
 """
 
@@ -19,7 +19,7 @@ from trioproto.op import MAX_OPERANDS, Request, op_request
 
 
 async def echo_messages(stream: trio.abc.Stream, messages: Sequence[bytes], reply_timeout: float) -> None:
-    """Have each of ``messages`` echoed, and print what comes back, a line each."""
+    """Send each of ``messages`` and print its echo, one line for each."""
     for message in messages:
         with trio.fail_after(reply_timeout):
             reply = await echo_request(stream, message)
@@ -27,7 +27,7 @@ async def echo_messages(stream: trio.abc.Stream, messages: Sequence[bytes], repl
 
 
 async def echo_dialogue(stream: trio.abc.Stream, reply_timeout: float) -> None:
-    """Ask for messages and print their echoes, until one is ``q`` or ``Q`` or the input ends."""
+    """Prompt for messages and print their echoes, until one is ``q`` or ``Q`` or the input ends."""
     lines = _Input()
     while True:
         await _write(b"Input message(Q to quit): ")
@@ -40,14 +40,14 @@ async def echo_dialogue(stream: trio.abc.Stream, reply_timeout: float) -> None:
 
 
 async def echo_pipe(stream: trio.abc.HalfCloseableStream, reply_timeout: float) -> None:
-    """Send standard input to an echo server and write what comes back to standard output, both at once.
+    """Send standard input to an echo server and write the echo to standard output, both concurrently.
 
-    Done when the input has ended and as many bytes have come back: before TLS 1.3, a server cannot see the first alone.
-    ``reply_timeout`` bounds the time between two pieces of the echo, as long as some of it is due. Input and output may
+    Returns when the input has ended and all of it has been echoed: before TLS 1.3, there is no half-close.
+    ``reply_timeout`` limits the time between two parts of the echo while some of it is missing. Input and output may
     take any time.
 
     Raises:
-        EOFError: if the server ended the connection before the input had ended and all of it been echoed.
+        EOFError: if the server closed the connection before the input had ended and all of it was echoed.
     """
     sent = received = 0
     input_ended = False
@@ -58,7 +58,7 @@ async def echo_pipe(stream: trio.abc.HalfCloseableStream, reply_timeout: float) 
             async def send() -> None:
                 nonlocal sent, input_ended
                 while chunk := await _read():
-                    if received == sent:  # nothing was due until now
+                    if received == sent:  # no echo was missing until now
                         receiving.deadline = trio.current_time() + reply_timeout
                     sent += len(chunk)
                     await stream.send_all(chunk)
@@ -78,25 +78,24 @@ async def echo_pipe(stream: trio.abc.HalfCloseableStream, reply_timeout: float) 
                 received += len(chunk)
                 if input_ended and received >= sent:
                     break
-            # Input that is still to come has nowhere to go.
+            # The rest of the input cannot be sent.
             nursery.cancel_scope.cancel()
     if received < sent or not input_ended:
         raise EOFError(f"end of stream after {received} of {sent} bytes" + ("" if input_ended else " and more"))
 
 
 async def op_answer(stream: trio.abc.Stream, request: Request, reply_timeout: float) -> None:
-    """Have ``request`` answered, and print the bare result."""
+    """Send ``request`` and print only the result."""
     with trio.fail_after(reply_timeout):
         result = await op_request(stream, request.operands, request.operator)
     await _write(f"{result}\n".encode())
 
 
 async def op_dialogue(stream: trio.abc.Stream, reply_timeout: float) -> None:
-    """Ask for one request's operands and operator, and print the result.
+    """Prompt for the operands and operator of one request, and print the result.
 
     Raises:
-        ValueError: if what is typed is no number, or no request, or ends before it is one; the message says what is
-            wrong.
+        ValueError: if the input is not a valid request, or ends too early. The message says what is wrong.
     """
     words = _Input()
     await _write(b"Operand count: ")
@@ -115,10 +114,10 @@ async def op_dialogue(stream: trio.abc.Stream, reply_timeout: float) -> None:
 
 
 class _Input:
-    """Standard input by lines, and by words as C's ``scanf`` takes them.
+    """Reads standard input by lines, or by words like C's ``scanf``.
 
-    Read in a thread that a cancellation can leave behind, because a read from a terminal may last for ever, and
-    past `sys.stdin`, whose lock such a thread would hold until the end.
+    It reads in a thread that is abandoned on cancellation, because a read from a terminal may block forever, and not
+    from `sys.stdin`, whose lock such a thread would hold until the end.
     """
 
     def __init__(self) -> None:
@@ -126,7 +125,7 @@ class _Input:
         self._words: list[bytes] = []
 
     async def line(self) -> bytes:
-        """Return the next line with its line end, if it has one; ``b""`` at the end."""
+        """Return the next line, including its newline if it has one; ``b""`` at the end."""
         while b"\n" not in self._buffer:
             if not (chunk := await _read()):
                 line, self._buffer = self._buffer, b""
@@ -136,7 +135,7 @@ class _Input:
         return line + newline
 
     async def word(self) -> bytes:
-        """Return the next run of characters that are no white space."""
+        """Return the next word, up to white space."""
         while not self._words:
             line = await self.line()
             if not line:
@@ -152,8 +151,8 @@ class _Input:
             raise ValueError(f"must be an integer, not {word!r}") from None
 
 
-# A terminal or pipe may keep a read or a write waiting for ever. A cancellation, above all by Ctrl-C, leaves the
-# thread behind then.
+# A read from or a write to a terminal or pipe may block forever. On cancellation, such as by Ctrl-C, its thread is
+# abandoned.
 async def _read() -> bytes:
     return await trio.to_thread.run_sync(read_input, abandon_on_cancel=True)
 
@@ -167,7 +166,7 @@ def _progress_bar() -> Iterator[Callable[[int], object]]:
     """Show a bar on standard error while the block runs, if that is a terminal and tqdm is installed.
 
     Yields:
-        A function to call with the number of bytes by which to advance.
+        A function that advances the bar by a number of bytes.
     """
     try:
         from tqdm import tqdm  # noqa: PLC0415 - an extra
@@ -176,6 +175,6 @@ def _progress_bar() -> Iterator[Callable[[int], object]]:
         return
     status = os.fstat(STDIN)
     total = status.st_size if stat.S_ISREG(status.st_mode) else None
-    disable = sys.stderr is None or not sys.stderr.isatty()  # None: it was closed before Python began
+    disable = sys.stderr is None or not sys.stderr.isatty()  # None: it was closed when Python started
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=disable) as bar:
         yield bar.update

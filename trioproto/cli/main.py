@@ -1,4 +1,4 @@
-"""The command line: arguments in, one ``trio.run`` out."""
+"""The command line: parses the arguments, and runs a command in one ``trio.run``."""
 
 import argparse
 import contextlib
@@ -48,7 +48,7 @@ _HANDLERS = {"echo": echo_handler, "op": op_handler}
 _OPERATOR_NAMES = {"add": "+", "sub": "-", "mul": "*"}
 
 CLIENT_TIMEOUT = 30.0
-# A UNIX socket has no host that a server's certificate could name, but it is always on this machine.
+# A UNIX socket has no host name to compare with the server's certificate, but it is always on this machine.
 _UNIX_SERVER_NAME = "localhost"
 
 
@@ -56,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: as on the command line, without the program's name; None for those of this process.
+        arguments: as on the command line, without the program's name; None for ``sys.argv``.
 
     Returns:
-        The exit status: 0 done, 1 failed, 130 interrupted. Wrong arguments end the process with 2.
+        The exit status: 0 done, 1 failed, 130 interrupted. Wrong arguments exit with status 2.
     """
     reserve_descriptors()
     status = 0
@@ -67,22 +67,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = _parse(arguments)
         trio.run(args.run, args)
     except* (CommandError, BenchError) as group:
-        # However deep the nursery was in which it happened, one line is enough.
+        # One line is enough, however deep the groups are nested.
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
-        if sys.stderr is not None:  # None: it was closed before Python began
+        if sys.stderr is not None:  # None: it was closed when Python started
             print(f"trioproto: {_escaped(str(error))}", file=sys.stderr)
         status = 1
     except* KeyboardInterrupt:
-        # A second Ctrl-C has nothing left to end, and would make the interpreter show a traceback as it ends.
+        # A second Ctrl-C would only make the interpreter print a traceback while it exits.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         status = 128 + signal.SIGINT
     return status
 
 
 def _escaped(text: str) -> str:
-    """Keep ``text`` in one line, and from controlling a terminal, whatever an argument in it holds."""
+    """Escape ``text`` so that arguments in it can neither break the line nor control a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -93,7 +93,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         with contextlib.redirect_stdout(help_):
             args = parser.parse_args(arguments)
     finally:
-        # By itself, argparse ignores that help could not be written.
+        # argparse ignores errors when it writes its help.
         write_text(help_.getvalue())
     _check_options(parser, vars(args))
     return args
@@ -116,7 +116,7 @@ async def _serve(args: argparse.Namespace) -> None:
     if args.stop_at_eof:
         check_input()
     fds = [*activated_fds(), *args.fd]
-    # The default host is listened on only if there is nothing else to listen on.
+    # Listen on the default host only if there is nothing else to listen on.
     tcp_port = args.port if args.host or (args.unix is None and not fds) else None
     service: dict[str, Any] = {
         "host": args.host or HOST,
@@ -160,7 +160,7 @@ def _server_context(args: argparse.Namespace) -> ServerContext | None:
     if args.tls_cert is None:
         return None
     try:
-        if args.workers > 1:  # each of them reads the files, and whoever replaces it later does
+        if args.workers > 1:  # each worker reads the files, and so does its replacement
             check_readable_again(args.tls_cert, args.tls_key, args.tls_client_ca)
         return server_context(args.tls_cert, args.tls_key, args.tls_client_ca)
     except OSError as error:
@@ -169,13 +169,13 @@ def _server_context(args: argparse.Namespace) -> ServerContext | None:
 
 @contextlib.contextmanager
 def _late_signals_ignored() -> Iterator[Callable[[], None]]:
-    """Have signals change nothing any more once the server in this block has ended.
+    """Ignore signals after the server in this block has ended.
 
-    Python takes a while to end a process then. What stops a server may well send a signal twice, and the second one
-    would have the process die of it, with another exit status.
+    Python then takes a while to exit. A signal may well be sent twice, and the second one would kill the process, with
+    another exit status.
 
     Yields:
-        A function to call when signals are the server's. If that has not happened, they do what they did before.
+        A function to call once the server handles signals. Until then, they have the same effect as before.
     """
     before = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
     listening = False
@@ -211,12 +211,12 @@ def _failure_in_one_line() -> Iterator[None]:
 
 def _print_address(protocol: str, listening: Callable[[], None], address: str) -> None:
     listening()
-    if sys.stdout is not None:  # None: whoever started this closed it and does not want to know
+    if sys.stdout is not None:  # None: it was closed when Python started
         write_text(f"trioproto {protocol} listening on {address}\n")
 
 
 def _worker_command(args: argparse.Namespace, fds: Sequence[int]) -> list[str]:
-    """Return the command line of one worker: the same program, on the sockets that it inherits."""
+    """Return the command line of a worker: the same program, on inherited sockets."""
     command = [*worker_program(), args.protocol, "--stop-at-eof"]
     command += [f"--fd={fd}" for fd in fds]
     command += [f"--proxy-protocol={network}" for network in args.proxy_protocol]
@@ -273,7 +273,7 @@ async def _op_client(args: argparse.Namespace) -> None:
 
 @contextlib.asynccontextmanager
 async def _connected(args: argparse.Namespace) -> AsyncIterator[trio.abc.HalfCloseableStream]:
-    """Connect to the server, over TLS if that is asked for; what goes wrong in the block is a `CommandError`."""
+    """Connect to the server, over TLS if requested. Network errors in the block become a `CommandError`."""
     context = _client_context(args)
     server_name = args.host or HOST
     tcp_port = PORTS[args.protocol] if args.port is None else args.port
@@ -313,7 +313,7 @@ async def _connected(args: argparse.Namespace) -> AsyncIterator[trio.abc.HalfClo
         reason = failure_reason(group)
         advice = "look at the server's log"
         if "self-signed" in reason or "local issuer" in reason:  # and not expired, or of another name
-            advice = "to trust it, pass --tls-ca the certificate of whoever signed it"
+            advice = "to trust it, pass --tls-ca with the certificate of its CA"
         raise CommandError(f"the connection to {where} broke: {reason}; {advice}") from None
     finally:
         await trio.aclose_forcefully(stream)
@@ -321,7 +321,7 @@ async def _connected(args: argparse.Namespace) -> AsyncIterator[trio.abc.HalfClo
 
 @contextlib.contextmanager
 def _within(seconds: float, failure: str) -> Iterator[None]:
-    """Bound the time that the block takes; if it takes longer, raise `CommandError` with ``failure``."""
+    """Raise `CommandError` with ``failure`` if the block takes longer than ``seconds``."""
     try:
         with trio.fail_after(seconds):
             yield
@@ -344,9 +344,7 @@ _LISTEN_ADVICE = {
     "metrics": "choose another --metrics, or stop what listens there",
     "fd": "it must be a listening socket that this process inherits",
 }
-_TLS_ADVICE = (
-    "cannot use the TLS files: {}; they must be PEM files that this user may read, the key that of the certificate"
-)
+_TLS_ADVICE = "cannot use the TLS files: {}; they must be readable PEM files, and the key must match the certificate"
 
 
 def _integer(text: str) -> int:
@@ -357,7 +355,7 @@ def _integer(text: str) -> int:
 
 
 class _VersionAction(argparse.Action):
-    """Prints the version. It is looked up only then: importing what finds it would slow down every start by 30 ms."""
+    """Prints the version. It is looked up only here, because importing `importlib.metadata` takes 30 ms."""
 
     def __call__(
         self,
@@ -417,7 +415,7 @@ def _parser() -> argparse.ArgumentParser:
             protocol,
             protocol,
             help_,
-            example=f"trioproto {protocol} --port 0 --tick 10    # a port that is free; statistics every 10 seconds",
+            example=f"trioproto {protocol} --port 0 --tick 10    # a free port; statistics every 10 seconds",
         )
         command.set_defaults(run=_serve)
         _add_server_options(command, protocol)
@@ -426,16 +424,16 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "echo-client",
         "echo",
-        "ask an echo server",
+        "send messages to an echo server",
         example="trioproto echo-client hello 'and again'\n"
-        "  trioproto echo-client    # asks for messages\n"
+        "  trioproto echo-client    # prompts for messages\n"
         "  trioproto echo-client --stdin <FILE >COPY",
     )
     echo.set_defaults(run=_echo_client)
     _add_client_options(echo, "echo")
     what = echo.add_mutually_exclusive_group()
     what.add_argument(
-        "messages", nargs="*", default=[], metavar="MESSAGE", help="sent as it is; none: ask for messages"
+        "messages", nargs="*", default=[], metavar="MESSAGE", help="messages to send; none: prompt for them"
     )
     what.add_argument("--stdin", action="store_true", help="send standard input, write its echo to standard output")
 
@@ -443,10 +441,10 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "op-client",
         "op",
-        "ask an op server",
+        "send a request to an op server",
         example="trioproto op-client 1 2 3 +\n"
-        "  trioproto op-client 10 -4 sub    # 14; add, sub and mul spare you the shell's quoting of *\n"
-        "  trioproto op-client    # asks for operands and operator",
+        "  trioproto op-client 10 -4 sub    # 14; add, sub and mul need no quoting in a shell, unlike *\n"
+        "  trioproto op-client    # prompts for operands and operator",
     )
     op.set_defaults(run=_op_client)
     _add_client_options(op, "op")
@@ -455,7 +453,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         action=_RequestAction,
         metavar="OPERAND ... OPERATOR",
-        help="1 to 255 operands in int32, then + - * or add sub mul; none: ask for them",
+        help="1 to 255 operands in int32, then + - * or add sub mul; none: prompt for them",
     )
     add_bench(commands)
     return parser
@@ -480,12 +478,12 @@ def _command(
 
 
 def _check_options(parser: argparse.ArgumentParser, options: dict[str, Any]) -> None:
-    """An option that would be without effect is a mistake: without ``--tls``, a client would ask in plain."""
+    """Refuse options that would have no effect: without ``--tls``, for example, a client would not use TLS."""
     is_client = "timeout" in options
     if is_client and options["unix"] is not None and (options["host"], options["port"]) != (None, None):
-        parser.error("a client connects either to --unix or to --host and --port")
+        parser.error("--unix cannot be used with --host or --port")
     if options.get("workers", 1) != 1 and set(range(3)).intersection(options.get("fd", ())):
-        parser.error("--fd must be at least 3 with --workers: a worker has standard streams of its own")
+        parser.error("--fd must be at least 3 with --workers, which have their own standard streams")
     switch = "tls" if "tls" in options else "tls_cert"
     for name in ("tls_ca", "tls_cert", "tls_key", "tls_client_ca"):
         if options.get(name) and not options.get(switch):
@@ -509,7 +507,7 @@ def _add_server_options(command: argparse.ArgumentParser, protocol: str) -> None
         action="append",
         default=[],
         metavar="N",
-        help="a listening socket that this process inherits; may be repeated (systemd's are found by themselves)",
+        help="an inherited listening socket; may be repeated (systemd's are found automatically)",
     )
     where.add_argument(
         "--proxy-protocol",
@@ -517,8 +515,8 @@ def _add_server_options(command: argparse.ArgumentParser, protocol: str) -> None
         action="append",
         default=[],
         metavar="NETWORK",
-        help="serve only proxies with these addresses (10.0.0.0/8, ::1, unix), whose PROXY headers name their clients; "
-        "may be repeated (default: clients connect themselves)",
+        help="accept connections only from proxies with these addresses (10.0.0.0/8, ::1, unix), with PROXY headers; "
+        "may be repeated (default: no proxy)",
     )
     limits = command.add_argument_group("limits")
     limits.add_argument(
@@ -526,20 +524,20 @@ def _add_server_options(command: argparse.ArgumentParser, protocol: str) -> None
         type=count,
         default=MAX_CONNECTIONS,
         metavar="N",
-        help="how many are served at once; more wait in the kernel's queue (default: %(default)s)",
+        help="how many are served at once; more wait in the accept queue (default: %(default)s)",
     )
     limits.add_argument(
         "--max-connections-per-client",
         type=count,
         metavar="N",
-        help="how many one IPv4 address, or one IPv6 network (/64), may have at once; more are reset (default: any)",
+        help="how many one IPv4 address, or IPv6 /64, may have at once; more are reset (default: no limit)",
     )
     limits.add_argument(
         "--idle-timeout",
         type=seconds,
         default=IDLE_TIMEOUT,
         metavar="SECONDS",
-        help="between two requests, or for a client that takes no reply (default: %(default)s)",
+        help="between two requests, or for a client that does not receive (default: %(default)s)",
     )
     limits.add_argument(
         "--request-timeout",
@@ -553,27 +551,27 @@ def _add_server_options(command: argparse.ArgumentParser, protocol: str) -> None
         type=seconds,
         default=GRACE_PERIOD,
         metavar="SECONDS",
-        help="after SIGTERM or SIGINT, for requests that are under way (default: %(default)s)",
+        help="after SIGTERM or SIGINT, for requests in progress (default: %(default)s)",
     )
     tls = command.add_argument_group("TLS")
-    tls.add_argument("--tls-cert", type=not_empty, metavar="FILE", help="speak TLS with this certificate (PEM)")
+    tls.add_argument("--tls-cert", type=not_empty, metavar="FILE", help="use TLS with this certificate (PEM)")
     tls.add_argument("--tls-key", type=not_empty, metavar="FILE", help="its private key, if not in the same file")
     tls.add_argument(
         "--tls-client-ca", type=not_empty, metavar="FILE", help="serve only clients with a certificate signed by these"
     )
     command.add_argument(
-        "--workers", type=count, default=1, metavar="N", help="processes that share the work (default: %(default)s)"
+        "--workers", type=count, default=1, metavar="N", help="number of processes that serve (default: %(default)s)"
     )
     command.add_argument(
         "--metrics",
         type=address,
         metavar="[HOST:]PORT",
-        help=f"serve metrics for Prometheus there (default host: {HOST})",
+        help=f"serve metrics for Prometheus (default host: {HOST})",
     )
-    command.add_argument("--stop-at-eof", action="store_true", help="stop, too, when standard input ends")
+    command.add_argument("--stop-at-eof", action="store_true", help="also stop when standard input ends")
     command.add_argument("--tick", type=seconds, metavar="SECONDS", help="log a line of statistics this often")
     command.add_argument("--access-log", action="store_true", help="log a record of each connection when it ends")
-    command.add_argument("-v", "--verbose", action="store_true", help="log each connection when it begins, too")
+    command.add_argument("-v", "--verbose", action="store_true", help="also log each connection when it begins")
 
 
 def _add_client_options(command: argparse.ArgumentParser, protocol: str) -> None:
@@ -587,16 +585,16 @@ def _add_client_options(command: argparse.ArgumentParser, protocol: str) -> None
         type=seconds,
         default=CLIENT_TIMEOUT,
         metavar="SECONDS",
-        help="the most that each of these may take: connecting, the TLS handshake, a reply (default: %(default)s)",
+        help="time-out of each of: connecting, the TLS handshake, a reply (default: %(default)s)",
     )
     tls = command.add_argument_group("TLS")
     tls.add_argument(
         "--tls",
         action="store_true",
-        help=f"speak TLS; the server's certificate must name HOST, with --unix {_UNIX_SERVER_NAME}",
+        help=f"use TLS; the server's certificate must match HOST, or with --unix, {_UNIX_SERVER_NAME}",
     )
     tls.add_argument(
-        "--tls-ca", type=not_empty, metavar="FILE", help="who may sign it (PEM; default: those that this system trusts)"
+        "--tls-ca", type=not_empty, metavar="FILE", help="trusted CA certificates (PEM; default: the system's)"
     )
     tls.add_argument("--tls-cert", type=not_empty, metavar="FILE", help="this client's own certificate")
     tls.add_argument("--tls-key", type=not_empty, metavar="FILE", help="its private key, if not in the same file")

@@ -1,7 +1,6 @@
-"""Standard input and output, past Python's buffers: whatever fails there is a `CommandError`, and nothing is lost.
+"""Standard input and output without Python's buffers, so that every failure is a `CommandError`.
 
-`sys.stdout` would report a full disk or a reader that has gone only when it is flushed, which may be as late as at
-the interpreter's end.
+`sys.stdout` reports a full disk or a closed pipe only when it is flushed, which may be as late as interpreter shutdown.
 """
 
 import os
@@ -13,27 +12,27 @@ from trioproto.cli.arguments import CommandError
 STDIN = 0
 STDOUT = 1
 STDERR = 2
-# As much as a pipe holds by default (pipe(7)).
+# A pipe's default capacity (pipe(7)).
 _PIPE_SIZE = 65536
-# What replaces the characters of our reports where the terminal's encoding lacks them.
+# Replacements for characters of our reports that are not in the terminal's encoding.
 _ASCII = str.maketrans({"µ": "u", "█": "#"})
 
 
 def reserve_descriptors() -> None:
-    """Open something harmless in place of each standard stream that was closed before the program began.
+    """Open the null device in place of each standard stream that was closed when the program started.
 
-    Otherwise the next socket would get the descriptor of standard output, and an answer be written to that socket.
-    The null device is opened the wrong way round, so that using the stream fails, as it should.
+    Otherwise the next socket would get the descriptor of standard output, and output would be written to it. The null
+    device is opened in the wrong mode, so that using the stream fails, as it should.
     """
     for descriptor, flags in ((STDIN, os.O_WRONLY), (STDOUT, os.O_RDONLY), (STDERR, os.O_RDONLY)):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, flags)  # takes the lowest descriptor that is free: this one
+            os.open(os.devnull, flags)  # gets the lowest free descriptor: this one
 
 
 def check_input() -> None:
-    """Raise `CommandError` if standard input cannot be read; take nothing from it."""
+    """Raise `CommandError` if standard input cannot be read. Reads nothing."""
     _read(0)
 
 
@@ -70,12 +69,12 @@ def write_output(data: bytes | bytearray) -> None:
 
 
 def write_text(text: str) -> None:
-    """Write ``text`` to standard output, as far as possible in the characters that its encoding has.
+    """Write ``text`` to standard output. Characters that are not in its encoding are replaced.
 
     Raises:
         CommandError: if not all of it can be written.
     """
-    encoding = "utf-8" if sys.stdout is None else sys.stdout.encoding  # None: it was closed before Python began
+    encoding = "utf-8" if sys.stdout is None else sys.stdout.encoding  # None: it was closed when Python started
     try:
         data = text.encode(encoding)
     except UnicodeEncodeError:
