@@ -493,15 +493,17 @@ def _check_options(parser: argparse.ArgumentParser, options: dict[str, Any]) -> 
 
 
 def _add_server_options(command: argparse.ArgumentParser, protocol: str) -> None:
-    where = command.add_argument_group("where it listens")
-    where.add_argument(
+    listeners = command.add_argument_group("listeners")
+    listeners.add_argument(
         "--host", type=host, action="append", metavar="HOST", help=f"name or address; may be repeated (default: {HOST})"
     )
-    where.add_argument("--port", type=port, default=PORTS[protocol], help="0 picks a free one (default: %(default)s)")
-    where.add_argument(
+    listeners.add_argument(
+        "--port", type=port, default=PORTS[protocol], help="0 picks a free one (default: %(default)s)"
+    )
+    listeners.add_argument(
         "--unix", type=not_empty, metavar="PATH", help="a UNIX socket that only this user may connect to"
     )
-    where.add_argument(
+    listeners.add_argument(
         "--fd",
         type=descriptor,
         action="append",
@@ -509,7 +511,7 @@ def _add_server_options(command: argparse.ArgumentParser, protocol: str) -> None
         metavar="N",
         help="an inherited listening socket; may be repeated (systemd's are found automatically)",
     )
-    where.add_argument(
+    listeners.add_argument(
         "--proxy-protocol",
         type=network,
         action="append",
@@ -585,7 +587,7 @@ def _add_client_options(command: argparse.ArgumentParser, protocol: str) -> None
         type=seconds,
         default=CLIENT_TIMEOUT,
         metavar="SECONDS",
-        help="time-out of each of: connecting, the TLS handshake, a reply (default: %(default)s)",
+        help="maximum time for connecting, for the TLS handshake, and for each reply (default: %(default)s)",
     )
     tls = command.add_argument_group("TLS")
     tls.add_argument(

@@ -221,7 +221,7 @@ def unix_listener(path: str) -> Iterator[trio.SocketListener]:
             if os.path.samestat(file.lstat(), ours):
                 file.unlink()
         except FileNotFoundError:
-            pass  # somebody has removed it
+            pass  # already removed
         except OSError as error:
             _log.warning(
                 "cannot remove %s: %s; the next server there will remove it", format_address(path), error.strerror
