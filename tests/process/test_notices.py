@@ -247,7 +247,7 @@ async def test_socket_that_does_not_exist(workers: int, tmp_path: Path) -> None:
 
 
 async def test_event_loop_that_is_stuck(manager: Manager, tmp_path: Path) -> None:
-    """As long as a handler holds up the event loop, there is no sign of life."""
+    """As long as a handler holds up the event loop, no heartbeat is sent."""
     log = tmp_path / "log"
     app = ["env", f"NOTIFY_SOCKET={manager.address}", "WATCHDOG_USEC=200000", sys.executable, "-c", STUCK]
     with trio.fail_after(HANGS), log.open("wb") as stderr:

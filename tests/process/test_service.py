@@ -170,7 +170,7 @@ def test_defaults(parameter: str, option: str, capfd: pytest.CaptureFixture[str]
     """An app's defaults are the command line's."""
     with pytest.raises(SystemExit):
         main(["echo", "--help"])
-    options = " ".join(capfd.readouterr().out.partition("where it listens")[2].split())
+    options = " ".join(capfd.readouterr().out.partition("\nlisteners:\n")[2].split())
     found = re.search(rf"{option} [A-Z]+ [^()]*\(default: ([^)]*)\)", options)
     assert found
     assert str(inspect.signature(serve_until_signal).parameters[parameter].default) == found[1]

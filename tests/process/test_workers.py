@@ -387,7 +387,7 @@ async def test_standard_input_that_ends(tmp_path: Path, monkeypatch: pytest.Monk
 async def test_worker_that_never_serves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A worker that gives no sign of life while it starts is killed and replaced; one line in the log says so."""
+    """A worker that sends no heartbeat while it starts is killed and replaced; one line in the log says so."""
     monkeypatch.setattr("trioproto.process.workers.BEAT_SECONDS", 0.1)
     monkeypatch.setattr("trioproto.process.workers.START_SECONDS", 0.5)
     workers = Supervised(tmp_path, FOREVER)
