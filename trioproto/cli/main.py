@@ -185,9 +185,8 @@ def _late_signals_ignored() -> Iterator[Callable[[], None]]:
         listening = True
 
     def handle(number: int, _frame: object) -> None:
-        if not listening:
-            signal.signal(number, before[signal.Signals(number)])
-            signal.raise_signal(number)
+        signal.signal(number, signal.SIG_IGN if listening else before[signal.Signals(number)])
+        signal.raise_signal(number)
 
     for number in SIGNALS:
         signal.signal(number, handle)
