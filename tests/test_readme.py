@@ -58,3 +58,11 @@ def test_files() -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", README)
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_patterns() -> None:
+    """Every name in the table of patterns is defined in the file that it is said to be in."""
+    patterns = re.findall(r"\]\(([^)]+)\): `(\w+)`", README)
+    assert patterns
+    for file, name in patterns:
+        assert re.search(rf"(?m)(def|class) {name}\b|^{name} =", (ROOT / file).read_text()), name

@@ -170,26 +170,24 @@ async def test_wrong_file(wrong: str, workers: int, files: Files) -> None:
 
 
 @WORKERS
-async def test_file_that_is_gone(workers: int, files: Files) -> None:
-    """A file that is gone is one line in the log, too."""
+@pytest.mark.parametrize(
+    ("replacement", "complaint"),
+    [
+        pytest.param(None, "cannot read '{}': No such file or directory", id="gone"),
+        pytest.param(os.mkfifo, "'{}' is a pipe or a device: .*", id="pipe"),
+    ],
+)
+async def test_file_that_cannot_be_read_again(
+    workers: int, replacement: Callable[[Path], None] | None, complaint: str, files: Files
+) -> None:
+    """A missing file is one log line. So is a pipe, which is not read: nobody may ever write to it."""
     context = files.client(files.old)
-    complaint = rf"SIGHUP: cannot reload: cannot read '{files.cert}': No such file or directory; nothing has changed"
+    complaint = rf"SIGHUP: cannot reload: {complaint.format(files.cert)}; nothing has changed"
     async with serving("op", f"--workers={workers}", *files.options(), tls=context, complaints=[complaint]) as server:
         await started(server, workers)
         files.cert.unlink()
-        server.process.send_signal(signal.SIGHUP)
-        await server.logged("cannot reload")
-
-
-@WORKERS
-async def test_pipe(workers: int, files: Files) -> None:
-    """A pipe in the place of a file is not waited for: that nobody writes to it is no reason to serve nobody."""
-    context = files.client(files.old)
-    complaint = rf"SIGHUP: cannot reload: '{files.cert}' is a pipe or a device: .*; nothing has changed"
-    async with serving("op", f"--workers={workers}", *files.options(), tls=context, complaints=[complaint]) as server:
-        await started(server, workers)
-        files.cert.unlink()
-        os.mkfifo(files.cert)
+        if replacement is not None:
+            replacement(files.cert)
         server.process.send_signal(signal.SIGHUP)
         await server.logged("cannot reload")
         assert await certificate(server, context) == files.old.certificate()
